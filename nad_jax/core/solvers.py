@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Roundings that preserve a layer's output, found from second moments alone.
+
+A linear layer maps K inputs to C output channels. Let x be an input of the *quantized*
+network, W the float weights, and r = W x - y how far the layer's output has already
+drifted from the float network's y because earlier layers were quantized. Rounding
+changes W by D. Averaged over images and positions, channel c is off by
+
+    J_c(D) = E (d_c . x + r_c)^2 = d_c' H d_c + 2 d_c . g_c + E r_c^2
+    H = E x x'   (gram, [K, K], shared by all channels)
+    g = E x r'   (drift, [K, C])
+
+so the images are needed only for H, g and E r^2. With d = step * (rounding - fraction)
+and a price for every weight that stays at nearest (EFRAP's flip term at the vertices),
+choosing the rounding is a quadratic problem over {0, 1}^K, one per channel.
+
+`coordinate_descent` descends it by single flips; it is monotone and ends in a point
+that no single flip improves. That is a local optimum, not a proof of the global one.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nad_jax import errors
+
+
+class Moments(NamedTuple):
+    """Sums over rows (image positions); they add up over chunks, devices and hosts.
+
+    Attributes:
+      gram: float32 `[K, K]`, sum of x x'.
+      drift: float32 `[K, C]`, sum of x r'.
+      drift_power: float32 `[C]`, sum of r^2.
+      count: float32 scalar, number of rows.
+    """
+
+    gram: jax.Array
+    drift: jax.Array
+    drift_power: jax.Array
+    count: jax.Array
+
+
+def zero_moments(num_inputs: int, num_outputs: int) -> Moments:
+    """The moments of no rows at all."""
+    return Moments(
+        jnp.zeros((num_inputs, num_inputs)),
+        jnp.zeros((num_inputs, num_outputs)),
+        jnp.zeros((num_outputs,)),
+        jnp.zeros(()),
+    )
+
+
+def add_rows(
+    moments: Moments, inputs: jax.Array, drift: jax.Array, *, with_gram: bool = True
+) -> Moments:
+    """`moments` with more rows counted in.
+
+    Args:
+      moments: What was counted before.
+      inputs: `[n, K]` layer inputs of the quantized network.
+      drift: `[n, C]`, output of the float weights on `inputs` minus the float
+        network's output.
+      with_gram: False leaves the Gram matrix as it is: layers fed by the same tensor
+        share one.
+    """
+    gram = moments.gram + inputs.T @ inputs if with_gram else moments.gram
+    return Moments(
+        gram,
+        moments.drift + inputs.T @ drift,
+        moments.drift_power + jnp.sum(jnp.square(drift), axis=0),
+        moments.count + jnp.float32(inputs.shape[0]),
+    )
+
+
+class RoundingProblem(NamedTuple):
+    """One layer's choice between two grid points per weight.
+
+    Attributes:
+      gram: `[K, K]`, E x x'.
+      drift: `[K, C]`, E x r'.
+      drift_power: `[C]`, E r^2.
+      step: `[K, C]` > 0, distance of the two grid points; 0 where pinned.
+      fraction: `[K, C]` in [0, 1), where the float weight stands between them.
+      nearest: `[K, C]` in {0, 1}.
+      stay_cost: `[K, C]` >= 0, price of leaving a weight at nearest
+        (flip_weight * |rounding error|).
+    """
+
+    gram: jax.Array
+    drift: jax.Array
+    drift_power: jax.Array
+    step: jax.Array
+    fraction: jax.Array
+    nearest: jax.Array
+    stay_cost: jax.Array
+
+
+def rounding_problem(
+    moments: Moments,
+    *,
+    step: jax.Array,
+    fraction: jax.Array,
+    nearest: jax.Array,
+    stay_cost: jax.Array,
+) -> RoundingProblem:
+    """The problem of a layer whose weights have been flattened to `[K, C]`.
+
+    Raises:
+      InputError: the weight's shape does not fit the moments.
+    """
+    if moments.drift.shape != fraction.shape:
+        raise errors.InputError(
+            f"moments belong to weights of shape {moments.drift.shape}, the weights "
+            f"have {fraction.shape}"
+        )
+    rows = jnp.maximum(moments.count, 1.0)
+    return RoundingProblem(
+        moments.gram / rows,
+        moments.drift / rows,
+        moments.drift_power / rows,
+        jnp.broadcast_to(step, fraction.shape),
+        fraction,
+        nearest,
+        jnp.broadcast_to(stay_cost, fraction.shape),
+    )
+
+
+def output_error(problem: RoundingProblem, rounding: jax.Array) -> jax.Array:
+    """J_c, mean squared output error of each channel `[C]`, without the flip price."""
+    change = problem.step * (rounding - problem.fraction)
+    slope = problem.gram @ change + 2.0 * problem.drift
+    return jnp.sum(change * slope, axis=0) + problem.drift_power
+
+
+def objective(problem: RoundingProblem, rounding: jax.Array) -> jax.Array:
+    """What `coordinate_descent` minimises, per channel `[C]`, rounding in {0, 1}."""
+    stays = jnp.where(rounding == problem.nearest, problem.stay_cost, 0.0)
+    return output_error(problem, rounding) + jnp.sum(stays, axis=0)
+
+
+class Solution(NamedTuple):
+    """Attributes:
+    rounding: `[K, C]` in {0, 1}.
+    trace: `[max_sweeps + 1]`, objective summed over channels before the first sweep
+      and after each; constant once converged.
+    sweeps: int32, sweeps that changed something.
+    """
+
+    rounding: jax.Array
+    trace: jax.Array
+    sweeps: jax.Array
+
+
+def coordinate_descent(
+    problem: RoundingProblem,
+    start: jax.Array,
+    *,
+    max_sweeps: int = 20,
+    block_size: int = 128,
+) -> Solution:
+    """Flips one weight at a time, in all channels at once, while that lowers J.
+
+    For weight k of a channel, with slope = H d + g kept up to date,
+
+        change in J = 2 * move * slope_k + move^2 * H_kk + change in price.
+
+    Weights are visited in blocks: inside a block only the block's own slope is
+    refreshed, and the other rows catch up with one matrix product per block.
+
+    Args:
+      problem: From `rounding_problem`.
+      start: `[K, C]` in {0, 1}; nearest is the natural one.
+      max_sweeps: Passes over all weights at most; it stops when one changes nothing.
+      block_size: Rows per block; changes speed, not the sequence of flips.
+
+    Returns:
+      A `Solution`; its trace never rises (up to float32 rounding of the trace itself).
+    """
+    num_inputs, num_outputs = problem.fraction.shape
+    block_size = min(block_size, num_inputs)
+    padding = -num_inputs % block_size
+    num_blocks = (num_inputs + padding) // block_size
+
+    # Padded weights have step 0, so no flip of theirs ever pays.
+    def pad(x, axes):
+        return jnp.pad(x, [(0, padding if a in axes else 0) for a in range(x.ndim)])
+
+    gram = pad(problem.gram, (0, 1))
+    step, fraction, nearest, stay_cost = (
+        pad(x, (0,))
+        for x in (problem.step, problem.fraction, problem.nearest, problem.stay_cost)
+    )
+    diagonal = jnp.diagonal(gram)[:, None]
+    # Price of rounding 1 minus price of rounding 0.
+    price_up = jnp.where(nearest == 1.0, stay_cost, -stay_cost)
+    # A flip must beat the rounding noise of its own gain, or float32 could cycle.
+    least_gain = 1e-6 * step * step * diagonal
+
+    def visit(k, carry, block_gram, constants):
+        rounding, slope, moved = carry
+
+        def row(x):
+            return jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
+
+        step, price_up, least_gain = (row(c) for c in constants)
+        direction = 1.0 - 2.0 * row(rounding)
+        move = step * direction
+        gram_row = row(block_gram)
+        gain = 2.0 * move * row(slope) + move * move * gram_row[k]
+        flips = (gain + direction * price_up < -least_gain) & (step > 0.0)
+        move = jnp.where(flips, move, 0.0)
+        slope = slope + gram_row[:, None] * move[None, :]
+        flipped = row(rounding) + jnp.where(flips, direction, 0.0)
+
+        def put(x, value):
+            return jax.lax.dynamic_update_index_in_dim(x, value, k, axis=0)
+
+        return put(rounding, flipped), slope, put(moved, move)
+
+    def visit_block(block, carry):
+        rounding, slope = carry
+        first = block * block_size
+
+        def rows(x):
+            return jax.lax.dynamic_slice_in_dim(x, first, block_size, axis=0)
+
+        columns = jax.lax.dynamic_slice_in_dim(gram, first, block_size, axis=1)
+        block_gram = rows(columns)
+        constants = (rows(step), rows(price_up), rows(least_gain))
+        block_rounding, _, moved = jax.lax.fori_loop(
+            0,
+            block_size,
+            lambda k, c: visit(k, c, block_gram, constants),
+            (rows(rounding), rows(slope), jnp.zeros((block_size, num_outputs))),
+        )
+        rounding = jax.lax.dynamic_update_slice_in_dim(
+            rounding, block_rounding, first, axis=0
+        )
+        return rounding, slope + columns @ moved
+
+    def total(rounding):
+        return jnp.sum(objective(problem, rounding[:num_inputs]))
+
+    def sweep(carry):
+        rounding, slope, trace, sweeps, _ = carry
+        swept, slope = jax.lax.fori_loop(0, num_blocks, visit_block, (rounding, slope))
+        changed = jnp.any(swept != rounding)
+        sweeps = sweeps + changed.astype(jnp.int32)
+        steps = jnp.arange(max_sweeps + 1)
+        trace = jnp.where((steps >= sweeps) & changed, total(swept), trace)
+        return swept, slope, trace, sweeps, changed
+
+    def unfinished(carry):
+        return carry[4] & (carry[3] < max_sweeps)
+
+    start = pad(start.astype(jnp.float32), (0,))
+    change = step * (start - fraction)
+    slope = gram @ change + pad(problem.drift, (0,))
+    trace = jnp.full((max_sweeps + 1,), total(start))
+    rounding, _, trace, sweeps, _ = jax.lax.while_loop(
+        unfinished, sweep, (start, slope, trace, jnp.int32(0), jnp.bool_(True))
+    )
+    return Solution(rounding[:num_inputs], trace, sweeps)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoded arrays kept on disk as `.npy` files, so that pictures are decoded once.
+
+Files live in `$NAD_JAX_CACHE/data`, by default `~/.cache/nad_jax/data`, and may be
+deleted at any time. An entry `NAME` is one `NAME.ARRAY.npy` per array and a manifest
+`NAME.json` with the SHA-256 of each, written last. Every file appears by an atomic
+rename, so that a reader never sees half of one and two writers do no harm: they write
+the same. An entry that does not match its manifest is made anew.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+# Part of every fingerprint: raise it when the meaning of the arrays changes.
+_FORMAT = 1
+
+
+def fingerprint(directory: pathlib.Path, *settings: object) -> str:
+    """A short hash of names, sizes and times of the files in `directory`.
+
+    `settings` are further things the arrays depend on, such as the split.
+    """
+    files = []
+    for path in sorted(directory.iterdir()):
+        stat = path.stat()
+        files.append([path.name, stat.st_size, stat.st_mtime_ns])
+    facts = json.dumps([_FORMAT, files, [str(setting) for setting in settings]])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def fetch(entry: str, build: Callable[[], Arrays]) -> Arrays:
+    """The arrays of `entry` from the cache, or from `build()`, which is then kept."""
+    manifest = _root() / f"{entry}.json"
+    arrays = _read(manifest)
+    if arrays is None:
+        arrays = build()
+        try:
+            _write(manifest, arrays)
+        except OSError as error:  # A full or read-only disk costs time, not the run.
+            logging.getLogger(__name__).warning("cannot cache %s: %s", entry, error)
+    return arrays
+
+
+def _root() -> pathlib.Path:
+    root = os.environ.get("NAD_JAX_CACHE") or "~/.cache/nad_jax"
+    return pathlib.Path(root).expanduser() / "data"
+
+
+def _array_path(manifest: pathlib.Path, name: str) -> pathlib.Path:
+    return manifest.with_suffix(f".{name}.npy")
+
+
+def _read(manifest: pathlib.Path) -> Arrays | None:
+    """The arrays, or None if the entry is missing or damaged."""
+    if not manifest.exists():
+        return None
+    arrays = {}
+    try:
+        for name, digest in json.loads(manifest.read_text()).items():
+            data = _array_path(manifest, name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError(f"{name} is not what was written")
+            arrays[name] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, AttributeError) as error:
+        logging.getLogger(__name__).warning("damaged cache %s: %s", manifest, error)
+        return None
+    return arrays
+
+
+def _write(manifest: pathlib.Path, arrays: Arrays) -> None:
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    digests = {}
+    for name, array in arrays.items():
+        stream = io.BytesIO()
+        np.save(stream, array, allow_pickle=False)
+        digests[name] = hashlib.sha256(stream.getbuffer()).hexdigest()
+        _write_file(_array_path(manifest, name), stream.getbuffer())
+    _write_file(manifest, json.dumps(digests).encode())
+
+
+def _write_file(path: pathlib.Path, data: bytes | memoryview) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
+        try:
+            temporary.write(data)
+            temporary.close()
+            os.replace(temporary.name, path)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise

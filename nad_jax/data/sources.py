@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a data set is, and the one door through which every data set is loaded.
+
+A source is a function `load(name, *, split, data_dir, image_size) -> Dataset` in a file
+of its own. To add one, write that file and add one line to `SOURCES`; it is imported
+when it is first asked for, so that nobody pays for what they do not use.
+
+Conventions shared by all sources:
+
+- images are uint8 `[N, H, W, C]`, labels int32 `[N]`, both read-only;
+- `split` is "train" or "test", and the same call always returns the same rows in the
+  same order on every machine;
+- what comes from outside is untrusted: nothing is unpickled, sizes are checked before
+  memory is claimed, and a mistake is one `InputError` that says what to do.
+"""
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from nad_jax import errors
+
+SPLITS = ("train", "test")
+
+# A data set lives in memory as a whole; more than this is taken for a damaged file.
+MAX_BYTES = 8 * 2**30
+
+# Never change: the rows of every seeded split follow from it.
+_SPLIT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with their labels, validated when made and never changed afterwards.
+
+    Attributes:
+      images: uint8 `[N, H, W, C]`, N > 0, read-only.
+      labels: int32 `[N]` in `[0, num_classes)`, read-only.
+      num_classes: number of classes, at least 1.
+      name: what the data set is called in reports.
+      class_names: one name per class; "0", "1", ... when left empty.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    name: str
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        def refuse(reason: str):
+            raise errors.InputError(f"data set {self.name!r}: {reason}")
+
+        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        if images.dtype != np.uint8 or images.ndim != 4:
+            refuse(f"images must be uint8 [N, H, W, C], not {_describe(images)}")
+        if images.size == 0:
+            refuse(f"it is empty: images are {_describe(images)}")
+        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            refuse(f"labels must be int32 [{len(images)}], not {_describe(labels)}")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            refuse(f"labels are {low}..{high}, accepted 0..{self.num_classes - 1}")
+        names = tuple(self.class_names) or tuple(map(str, range(self.num_classes)))
+        if len(names) != self.num_classes:
+            refuse(f"{len(names)} class names for {self.num_classes} classes")
+        object.__setattr__(self, "images", _read_only(images))
+        object.__setattr__(self, "labels", _read_only(labels))
+        object.__setattr__(self, "class_names", names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Dataset":
+        """The data set with only `rows` (int `[M]`), in that order."""
+        rows = np.asarray(rows)
+        return dataclasses.replace(
+            self, images=self.images[rows], labels=self.labels[rows]
+        )
+
+
+Loader = Callable[..., Dataset]
+
+# Any other name is looked for among the data sets that TFDS has prepared.
+_TFDS = "nad_jax.data.tfds_directory:load"
+
+SOURCES: dict[str, str | Loader] = {
+    "cifar10": _TFDS,
+    "digits": "nad_jax.data.digits:load",
+    "folder": "nad_jax.data.folder:load",
+    "npz": "nad_jax.data.npz:load",
+}
+
+
+def load(
+    name: str,
+    *,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> Dataset:
+    """One split of a data set.
+
+    Args:
+      name: a key of `SOURCES`, or any other data set in TFDS layout under `data_dir`
+        that has the features `image` and `label`, as "name", "name/config" or
+        "name:1.0.0".
+      split: "train" or "test".
+      data_dir: where the data are. For TFDS data sets the folder that holds them (None:
+        `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`); for "folder" the folder of
+        class folders; for "npz" the file; not used by "digits".
+      image_size: height and width in pixels to bring all images to (aspect ratio is not
+        kept); None keeps the stored size.
+
+    Returns:
+      The split, in a fixed order.
+
+    Raises:
+      InputError: for an unknown name or split, and for data that are missing, damaged
+        or not in the expected form.
+    """
+    if split not in SPLITS:
+        raise errors.InputError(f"split must be one of {SPLITS}, not {split!r}")
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise errors.InputError(f"image_size must be in 1..4096, not {image_size!r}")
+    source = SOURCES.get(name, _TFDS)
+    if isinstance(source, str):
+        module, function = source.split(":")
+        source = getattr(importlib.import_module(module), function)
+    return source(name, split=split, data_dir=data_dir, image_size=image_size)
+
+
+def seeded_split(
+    labels: np.ndarray, split: str, *, test_counts: np.ndarray
+) -> np.ndarray:
+    """Sorted rows of `split` when a data set comes in one piece.
+
+    Of each class c, `test_counts[c]` rows drawn with a fixed seed are "test"; all
+    others are "train". The draw depends on the labels and their order only.
+    """
+    # RandomState, because NumPy guarantees its stream for ever; Generator's may change.
+    draw = np.random.RandomState(_SPLIT_SEED)
+    in_test = np.zeros(len(labels), bool)
+    for label, count in enumerate(test_counts):
+        in_test[draw.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return np.flatnonzero(in_test == (split == "test"))
+
+
+def fifth_of_each_class(labels: np.ndarray) -> np.ndarray:
+    """Test counts `[K]` of an 80/20 split: a fifth of each class, to the nearest."""
+    return (np.bincount(labels) + 2) // 5
+
+
+def check_bytes(shape: tuple[int, ...], itemsize: int, what: str) -> int:
+    """Bytes of an array about to be made; refused above `MAX_BYTES`."""
+    num_bytes = itemsize
+    for length in shape:  # Python integers: a hostile shape must not wrap around.
+        num_bytes *= int(length)
+    if num_bytes > MAX_BYTES:
+        raise errors.InputError(
+            f"{what}: an array {list(shape)} of {num_bytes:,} bytes, "
+            f"accepted up to {MAX_BYTES:,}"
+        )
+    return num_bytes
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, for an `InputError` made of an error of another library."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _describe(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two forward passes that walk side by side, one layer at a time.
+
+Layer-wise reconstruction needs, at every layer, what the *float* network feeds into it
+and what the network *quantized so far* feeds into it. Storing all of that for all
+layers does not fit; recomputing it for every layer costs a pass per layer. So both
+passes run at once and meet at every Conv and Dense:
+
+    float pass      images -> conv1 -------> conv2 -------> ... -> fc
+                                | x            | x                 | x
+                              visit          visit               visit
+                                | kernel^      | kernel^           | kernel^
+    quantized pass  images -> conv1^ ------> conv2^ ------> ... -> fc^
+
+`visit` sees a layer with both inputs and answers with the kernel (and, where
+activations are quantized, the inputs) with which the quantized pass goes on. Two
+forward passes in all, and only the two frontiers are alive.
+
+Flax runs a module as one call from images to logits, so a pass can only pause inside
+an intercepted layer call. The float pass therefore lives in a thread of its own and
+hands over one layer at a time; the two never run at once. Models know nothing of this.
+"""
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nad_jax import errors
+from nad_jax.models import layers as layers_lib
+
+# (layer, float_inputs, inputs) -> (kernel, inputs) for the quantized pass.
+Visit = Callable[[layers_lib.Layer, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def walk(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    layers: list[layers_lib.Layer],
+    visit: Visit,
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Calls `visit` once per layer, in the order of the forward pass.
+
+    A layer called again in the same pass keeps the kernel of its first visit; `visit`
+    is not called again, so statistics come from the first call alone.
+
+    Args:
+      module: The Linen module.
+      variables: Its float variables.
+      images: All calibration images at once.
+      layers: From `layers.find_layers`.
+      visit: Decides kernel and inputs of the quantized pass.
+      apply_kwargs: Keyword arguments of the module's call.
+
+    Raises:
+      InputError: a layer is called inside `jit`, `remat` or `scan`, where its inputs
+        have no values.
+    """
+    by_path = {layer.path: layer for layer in layers}
+
+    def forward(interceptor):
+        with nn.intercept_methods(interceptor):
+            module.apply(variables, images, **(apply_kwargs or {}))
+
+    def float_pass(hand_over):
+        def pause(next_fun, args, kwargs, context):
+            if not layers_lib.is_layer_call(context):
+                return next_fun(*args, **kwargs)
+            path, inputs = context.module.path, args[0]
+            _check_concrete(path, inputs)
+            hand_over((path, inputs))
+            params = context.module.variables["params"]
+            return _run(by_path[path].geometry, params["kernel"], inputs, params)
+
+        forward(pause)
+
+    visited: dict[layers_lib.Path, jax.Array] = {}
+
+    with _Stepper(float_pass) as float_layers:
+
+        def replace(next_fun, args, kwargs, context):
+            if not layers_lib.is_layer_call(context):
+                return next_fun(*args, **kwargs)
+            path, float_inputs = next(float_layers)
+            assert path == context.module.path, (path, context.module.path)
+            layer, inputs = by_path[path], args[0]
+            if path not in visited:
+                visited[path], inputs = visit(layer, float_inputs, inputs)
+            params = context.module.variables["params"]
+            return _run(layer.geometry, visited[path], inputs, params)
+
+        forward(replace)
+
+
+def _check_concrete(path: layers_lib.Path, inputs: jax.Array) -> None:
+    if isinstance(inputs, jax.core.Tracer):
+        raise errors.InputError(
+            f"layer {'/'.join(path)} is called inside jit, remat, scan or vmap, where "
+            "its inputs cannot be seen; build the module without it for quantization"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(geometry, kernel, inputs, params) -> jax.Array:
+    """Output of a layer, its own bias included, with this kernel."""
+    outputs = layers_lib.run(geometry, kernel, inputs)
+    if "bias" in params:
+        bias = params["bias"].astype(outputs.dtype)
+        outputs = outputs + jnp.expand_dims(bias, range(outputs.ndim - 1))
+    return outputs
+
+
+class _Closed(Exception):
+    """The consumer has gone; unwinds the producer's thread."""
+
+
+class _Stepper(Iterator):
+    """Turns `function(emit)` into an iterator over what it emits.
+
+    `function` runs in its own thread, but only while the consumer waits in `next`.
+    """
+
+    def __init__(self, function: Callable[[Callable[[Any], None]], None]):
+        self._values: queue.SimpleQueue = queue.SimpleQueue()
+        self._turn = threading.Semaphore(0)
+        self._closed = False
+
+        def emit(value):
+            self._values.put((value, None))
+            self._turn.acquire()
+            if self._closed:
+                raise _Closed
+
+        def run():
+            self._turn.acquire()
+            try:
+                if not self._closed:
+                    function(emit)
+                self._values.put((None, StopIteration()))
+            except _Closed:
+                pass
+            except BaseException as error:
+                self._values.put((None, error))
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def __next__(self):
+        self._turn.release()
+        value, error = self._values.get()
+        if error is not None:
+            raise error
+        return value
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self._closed = True
+        self._turn.release()
+        self._thread.join()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of a layer's inputs, a chunk of images at a time."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nad_jax.core import solvers
+from nad_jax.models import layers as layers_lib
+
+# Unfolded inputs alive at a time; bounds memory whatever the number of images.
+_UNFOLDED_BYTES = 64 * 2**20
+
+
+class Collector:
+    """Measures moments, and remembers the last Gram matrix.
+
+    Layers that are fed by the very same tensor (query, key and value of an attention
+    block) share one Gram matrix, which is most of the work.
+    """
+
+    def __init__(self):
+        self._inputs: Any = None
+        self._unfolding: Any = None
+        self._gram: Any = None
+
+    def collect(
+        self,
+        geometry: layers_lib.Geometry,
+        kernel: jax.Array,
+        float_inputs: jax.Array,
+        inputs: jax.Array,
+    ) -> solvers.Moments:
+        """`Moments` of one layer, stacked over its channel groups.
+
+        Args:
+          geometry: The layer.
+          kernel: Its float kernel.
+          float_inputs: `[N, ...]`, its inputs in the float network.
+          inputs: The same in the network quantized so far.
+        """
+        # How rows are cut from the inputs does not depend on the number of outputs.
+        unfolding = dataclasses.replace(
+            geometry, kernel_shape=(*geometry.kernel_shape[:-1], 0)
+        )
+        known = inputs is self._inputs and unfolding == self._unfolding
+        zeros = solvers.zero_moments(
+            geometry.num_inputs, geometry.kernel_shape[-1] // geometry.groups
+        )
+        moments = jax.tree.map(
+            lambda x: jnp.zeros((geometry.groups, *x.shape), x.dtype), zeros
+        )
+        chunk = _chunk_size(geometry, inputs)
+        for first in range(0, inputs.shape[0], chunk):
+            part = slice(first, first + chunk)
+            moments = _add_chunk(
+                geometry, not known, moments, kernel, float_inputs[part], inputs[part]
+            )
+        if known:
+            moments = moments._replace(gram=self._gram)
+        self._inputs, self._unfolding = inputs, unfolding
+        self._gram = moments.gram
+        return moments
+
+
+def per_group(function, *arguments):
+    """`vmap` over the leading group axis; without it where there is one group.
+
+    A batched `while_loop` carries masks through every iteration, which the usual
+    ungrouped layer should not pay for.
+    """
+    if jax.tree.leaves(arguments)[0].shape[0] > 1:
+        return jax.vmap(function)(*arguments)
+    result = function(*jax.tree.map(lambda x: x[0], arguments))
+    return jax.tree.map(lambda x: x[None], result)
+
+
+def _chunk_size(geometry: layers_lib.Geometry, inputs: jax.Array) -> int:
+    rows = jax.eval_shape(functools.partial(layers_lib.unfold, geometry), inputs[:1])
+    return min(max(_UNFOLDED_BYTES // (4 * rows.size), 1), inputs.shape[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
+    drift = layers_lib.run(geometry, kernel, inputs) - layers_lib.run(
+        geometry, kernel, float_inputs
+    )
+    rows = layers_lib.unfold(geometry, inputs)
+    drift = drift.reshape(rows.shape[1], geometry.groups, -1).swapaxes(0, 1)
+    add = functools.partial(solvers.add_rows, with_gram=with_gram)
+    return per_group(add, moments, rows, drift)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on what a file from a stranger may ask for, in one place.
+
+Each bound is far above what an image classifier needs (a ViT-L training checkpoint
+has about 1,000 tensors and 4 GB) and low enough that a file built to hurt is refused
+within two seconds and within its own size plus 300 MB of memory. They are not
+settings: a file beyond a bound is refused, and the message names the bound.
+"""
+
+# Whole file. Also keeps every offset of a zip archive below its 64-bit extension.
+MAX_FILE_BYTES = 4 * 2**30
+
+# Arrays in one file, model entry or not, and axes of one array.
+MAX_TENSORS = 100_000
+MAX_AXES = 16
+
+# Elements of one array, zero-length axes counted as one: an empty array must not
+# carry a shape that overflows whatever multiplies it next.
+MAX_ELEMENTS = 2**40
+
+# Containers inside containers. The deepest honest file seen has 5.
+MAX_DEPTH = 64
+
+# Characters of an array's name.
+MAX_NAME_CHARS = 512
+
+# One pickle stream. A Python object costs at most about 120 bytes per opcode, so the
+# opcode bound is the memory bound; text is counted apart because one emoji makes a
+# string four bytes a character.
+MAX_PICKLE_BYTES = 32 * 2**20
+MAX_PICKLE_OPCODES = 800_000
+MAX_PICKLE_CONTAINERS = 500_000
+MAX_PICKLE_TEXT_BYTES = 48 * 2**20
+# Module or attribute name of a pickle's GLOBAL.
+MAX_GLOBAL_CHARS = 256
+# Widest integer of a pickle: the 80-bit number that opens a legacy torch stream.
+MAX_PICKLE_INT_BYTES = 10
+
+# Header of a safetensors file. The format allows 100 MB; MAX_TENSORS entries with
+# names of 60 characters need 15 MB, and parsed JSON is up to 24 times its text.
+MAX_HEADER_BYTES = 16 * 2**20
+
+# Values (numbers, texts, containers, arrays) in one msgpack file.
+MAX_MSGPACK_VALUES = 500_000
+
+# A strided view may repeat elements (a broadcast buffer), up to this many elements or
+# the size of its storage, whichever is more.
+MAX_BROADCAST_ELEMENTS = 65_536
+# The chosen arrays together, shared storages counted once per name (tied weights).
+MAX_SHARING_FACTOR = 4
+SHARING_SLACK_BYTES = 16 * 2**20
+
+# Scalars kept as metadata, and characters of one of their texts.
+MAX_METADATA_ENTRIES = 64
+MAX_METADATA_CHARS = 256

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what was saved comes back bit for bit, or not at all.
+
+Orbax writes the arrays and makes each step appear in one rename. Three things are ours:
+a record inside the step (`records`), because Orbax casts silently and need not notice a
+flipped bit; falling back to the previous step when the newest is damaged; and the
+choice of the steps to keep. Nothing is pickled.
+
+The directory is the only memory: every call lists it afresh, so a step that a crash
+took away is never asked for. One writer per directory.
+"""
+
+import contextlib
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from nad_jax import errors
+from nad_jax.training import records
+
+_LOGGER = logging.getLogger(__name__)
+# Names of the two items of a step.
+_ARRAYS, _RECORD = "arrays", "record"
+
+DirectoryPath = str | os.PathLike[str]
+
+
+def save(
+    directory: DirectoryPath,
+    step: int,
+    tree: Any,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    score: float | None = None,
+    keep_newest: int = 2,
+) -> None:
+    """Saves a step and returns when it is on disk.
+
+    Args:
+        directory: of one run; made if missing. Leftovers of a killed save are removed.
+        step: larger than every step on disk. Damaged steps at or after it are removed.
+        tree: pytree of arrays, typed keys among them.
+        metadata: what JSON can hold.
+        score: larger is better; the best step is kept besides the newest.
+        keep_newest: how many of the newest steps to keep, at least 1.
+
+    Raises:
+        InputError: a leaf is not an array, the metadata are not JSON, or the directory
+            already holds this step or a later one.
+    """
+    import orbax.checkpoint as ocp
+
+    if keep_newest < 1:
+        raise errors.InputError(f"keep_newest must be at least 1, got {keep_newest}")
+    root = pathlib.Path(directory).absolute()
+    leaves = records.name_leaves(tree)
+    arrays = {name: records.to_numpy(leaf) for name, leaf in leaves.items()}
+    record = records.seal(arrays, leaves, step, score, metadata)
+    _make_room(root, step, tree)
+    # The step that scored best, and the newest: `max_to_keep` with Orbax's `best_fn`
+    # would delete the newest, and its own metrics file would not survive damage.
+    best = _best([*_scores(root), (step, score)])
+    keep = {*[*steps(root), step][-keep_newest:], best}
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        preservation_policy=_KeepSteps(keep),
+    )
+    with _quiet_orbax(), ocp.CheckpointManager(root, options=options) as manager:
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    # Orbax refuses arrays without elements; the record has them all.
+                    _ARRAYS: ocp.args.StandardSave(
+                        {name: array for name, array in arrays.items() if array.size}
+                    ),
+                    _RECORD: ocp.args.JsonSave(record),
+                }
+            ),
+        )
+    if step not in steps(root):
+        raise RuntimeError(f"step {step} was not saved in {root}, and Orbax was silent")
+
+
+def restore(directory: DirectoryPath, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Tree and metadata of the newest undamaged step.
+
+    Damaged steps are passed over with a warning that names them; they stay on disk.
+
+    Args:
+        directory: as given to `save`.
+        like: pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`. Only
+            shapes and dtypes are used; where it holds numpy arrays, numpy comes back.
+
+    Raises:
+        InputError: there is no step, none is undamaged, or the newest undamaged one is
+            of another model: leaves missing or left over, or of another shape or
+            dtype. Nothing is ever cast.
+    """
+    root = pathlib.Path(directory).absolute()
+    damages = []
+    for step in reversed(steps(root)):
+        try:
+            return _read(root, step, like)
+        except records.DamagedStep as damage:
+            damages.append(f"step {step}: {damage}")
+            _LOGGER.warning("checkpoint %s is damaged: %s", root / str(step), damage)
+    if damages:
+        raise errors.InputError(
+            f"no undamaged checkpoint in {root} ({'; '.join(damages)})"
+        )
+    raise errors.InputError(f"no checkpoint in {root}")
+
+
+def steps(directory: DirectoryPath) -> list[int]:
+    """Steps on disk, ascending; [] if there is no such directory."""
+    root = pathlib.Path(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdigit())
+
+
+def best_step(directory: DirectoryPath) -> int | None:
+    """Step with the largest score, the newest of equal ones; None without scores."""
+    return _best(_scores(pathlib.Path(directory).absolute()))
+
+
+class _KeepSteps:
+    """Orbax preservation policy: the steps of a set."""
+
+    def __init__(self, keep: set[int | None]):
+        self._keep = keep
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        return [checkpoint.step in self._keep for checkpoint in checkpoints]
+
+
+def _best(scores: list[tuple[int, float | None]]) -> int | None:
+    ranked = [(score, step) for step, score in scores if score is not None]
+    return max(ranked)[1] if ranked else None
+
+
+def _scores(root: pathlib.Path) -> list[tuple[int, float | None]]:
+    """Score of every step whose record is intact."""
+    scores = []
+    for step in steps(root):
+        with contextlib.suppress(records.DamagedStep):
+            scores.append((step, _read_record(root, step)["score"]))
+    return scores
+
+
+def _make_room(root: pathlib.Path, step: int, tree: Any) -> None:
+    """Removes damaged steps from `step` on; raises InputError if one is good."""
+    for other in steps(root):
+        if other < step:
+            continue
+        try:
+            _read(root, other, tree)
+        except records.DamagedStep as damage:
+            _LOGGER.warning("removing damaged %s: %s", root / str(other), damage)
+            shutil.rmtree(root / str(other))
+        else:
+            raise errors.InputError(
+                f"cannot save step {step}: {root} already holds step {other}; "
+                "continue from that or use another directory"
+            )
+
+
+def _read(root: pathlib.Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Tree and metadata of one step, every leaf checked against its hash."""
+    record = _read_record(root, step)
+    leaves = records.name_leaves(like)
+    records.check_leaves(record, leaves)
+    structs = {name: records.data_struct(leaf) for name, leaf in leaves.items()}
+    arrays = _read_arrays(root / str(step) / _ARRAYS, structs)
+    for name, array in arrays.items():
+        if records.hash_array(array) != record["leaves"][name]["sha256"]:
+            raise records.DamagedStep(f"sha256 of {name} differs")
+    values = [records.from_numpy(arrays[name], leaf) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), values), record["metadata"]
+
+
+def _read_record(root: pathlib.Path, step: int) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    folder = root / str(step) / _RECORD
+    with _as_damage("record"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        sealed = reader.restore(folder)
+    return records.open_sealed(sealed, step)
+
+
+def _read_arrays(
+    folder: pathlib.Path, structs: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    arrays = {name: np.empty(x.shape, x.dtype) for name, x in structs.items()}
+    stored = {name: array for name, array in arrays.items() if array.size}
+    with _as_damage("arrays"), ocp.StandardCheckpointer() as reader:
+        declared = reader.metadata(folder).item_metadata.tree
+        # Before anything is read: a damaged shape may ask for any amount of memory.
+        if {name: (x.shape, x.dtype) for name, x in declared.items()} != {
+            name: (x.shape, x.dtype) for name, x in stored.items()
+        }:
+            raise records.DamagedStep("its arrays are not those of its record")
+        return arrays | reader.restore(folder, stored)
+
+
+@contextlib.contextmanager
+def _as_damage(what: str) -> Iterator[None]:
+    """Turns whatever a parser makes of damaged bytes into DamagedStep."""
+    try:
+        with _quiet_orbax():
+            yield
+    except records.DamagedStep:
+        raise
+    except Exception as error:
+        raise records.DamagedStep(
+            f"its {what} cannot be read ({type(error).__name__})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs a page per save under absl's default verbosity."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

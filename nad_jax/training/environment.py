@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the machine fit to compute on, and what exactly is it?
+
+jaxlib 0.10.2 returns silently wrong numbers under `jit` on CPU. The canary repeats the
+computation that shows it; a program calls `check_canary()` before anything else.
+"""
+
+import functools
+import importlib.metadata
+import logging
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nad_jax import errors
+
+_LOGGER = logging.getLogger(__name__)
+
+# The fault needs at least this many rows and shows in the last one only.
+_CANARY_ROWS = 32_769
+_CANARY_EXPECTED = 1_073_741_824.0  # 32,768 squared, exact in float32
+
+CACHE_VARIABLE = "NAD_JAX_CACHE"
+_CACHE_OFF = ("0", "off", "none", "")
+
+_PACKAGES = ("nad_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class WrongNumbersError(errors.InputError):
+    """The installed jaxlib does not compute what it should."""
+
+
+def canary() -> dict[str, Any]:
+    """Outcome of a computation that a known fault of jaxlib 0.10.2 gets wrong.
+
+    A 3x3 identity times each of 32,769 rows (i, 0, 0), squared and summed, under
+    `vmap` and `jit`: the last row must give 32,768 squared.
+
+    Returns:
+        "passed", "computed" and "expected" (numbers), "jaxlib" and "platform".
+    """
+    rows = np.zeros((_CANARY_ROWS, 3), np.float32)
+    rows[:, 0] = np.arange(_CANARY_ROWS)
+    lengths = _squared_lengths(np.eye(3, dtype=np.float32), rows)
+    computed = float(np.asarray(lengths)[-1])
+    return {
+        "passed": computed == _CANARY_EXPECTED,
+        "computed": computed,
+        "expected": _CANARY_EXPECTED,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "platform": jax.default_backend(),
+    }
+
+
+@jax.jit
+def _squared_lengths(matrix: Any, rows: Any) -> jax.Array:
+    # The sum must be inside the vmap; beside it, the same arithmetic comes out right.
+    return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
+
+
+def check_canary() -> dict[str, Any]:
+    """The outcome of `canary`, if it passed.
+
+    Raises:
+        WrongNumbersError: it did not.
+    """
+    outcome = canary()
+    if not outcome["passed"]:
+        raise WrongNumbersError(
+            f"jaxlib {outcome['jaxlib']} computes wrong numbers on "
+            f"{outcome['platform']} ({outcome['computed']:.0f} instead of "
+            f"{outcome['expected']:.0f}); install jaxlib 0.10.1, or start with "
+            "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type="
+        )
+    return outcome
+
+
+def enable_compile_cache(path: str | os.PathLike[str] | None = None) -> str | None:
+    """Keeps compiled programs on disk from now on, and returns where.
+
+    Args:
+        path: directory; None means that of the variable NAD_JAX_CACHE, or
+            `~/.cache/nad_jax/xla/<host name>`: programs for one machine may not run on
+            another that shares the home directory. "off" or "0", here or in the
+            variable, disables the cache.
+
+    Returns:
+        The directory, or None if the cache is off or the directory cannot be written.
+    """
+    if path is None:
+        default = pathlib.Path.home() / ".cache" / "nad_jax" / "xla" / platform.node()
+        path = os.environ.get(CACHE_VARIABLE, default)
+    if str(path).lower() in _CACHE_OFF:
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    directory = pathlib.Path(path).expanduser().absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # A cache saves seconds; its lack must not stop a run.
+        _LOGGER.warning("no compile cache: cannot create %s (%s)", directory, error)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    # By default jax keeps only what took a second or more to compile.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return str(directory)
+
+
+def describe() -> dict[str, Any]:
+    """Versions, devices and settings that numbers depend on, as JSON can hold them."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu_count": os.cpu_count(),
+        "versions": _versions(),
+        "platform": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "process_count": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ACC, ASR and RA of a model over a whole data set.
+
+Every image counts exactly once: the last batch is padded and masked, never dropped,
+and integers are added up before anything is divided.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from nad_jax import errors
+from nad_jax.attacks import triggers
+from nad_jax.core import metrics
+from nad_jax.data import batches
+from nad_jax.training import sharding
+
+# (variables, images float [B, H, W, C] in [0, 1]) -> logits or (logits, features)
+ApplyFn = Callable[[Any, jax.Array], Any]
+Rates = dict[str, float | int | None]
+Evaluator = Callable[[Any], Rates]
+
+DEFAULT_BATCH_SIZE = 500
+
+
+def evaluate(
+    apply_fn: ApplyFn,
+    variables: Mapping[str, Any],
+    images: Any,
+    labels: Any,
+    *,
+    trigger: triggers.Trigger | None = None,
+    target_labels: Any = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    mesh: Mesh | None = None,
+) -> Rates:
+    """Rates of one set of variables; see `make_evaluator`, which serves many."""
+    evaluator = make_evaluator(
+        apply_fn,
+        images,
+        labels,
+        trigger=trigger,
+        target_labels=target_labels,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+    return evaluator(variables)
+
+
+def make_evaluator(
+    apply_fn: ApplyFn,
+    images: Any,
+    labels: Any,
+    *,
+    trigger: triggers.Trigger | None = None,
+    target_labels: Any = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    mesh: Mesh | None = None,
+) -> Evaluator:
+    """Function from variables to rates over one data set, compiled once.
+
+    All batches, clean and triggered, run in one program, which is reused for other
+    variables of the same shapes.
+
+    Args:
+        apply_fn: model in evaluation mode, `(variables, images) -> logits` or
+            `(logits, ...)`, with images float in [0, 1] `[B, H, W, C]`.
+        images: uint8 `[N, H, W, C]`.
+        labels: true labels, int `[N]`.
+        trigger: None measures clean accuracy only.
+        target_labels: what the attack wants of each image: an int for all of them, or
+            int `[N]`.
+        batch_size: images per program, lowered to N if that is less.
+        mesh: from `sharding.data_mesh`, to split each batch over devices.
+
+    Returns:
+        A function `variables -> {"acc", "asr", "ra", "acc_count", "asr_count"}`:
+        fractions, or None where nothing was counted, and their denominators.
+
+    Raises:
+        InputError: arrays that do not fit together, or a trigger without targets.
+    """
+    num_examples = images.shape[0]
+    if num_examples == 0:
+        raise errors.InputError("there are no images to evaluate on, got 0")
+    labels = _as_labels("labels", labels, num_examples)
+    if trigger is not None and target_labels is None:
+        raise errors.InputError("a trigger needs target_labels, got None")
+    targets = _as_labels(
+        "target_labels", 0 if target_labels is None else target_labels, num_examples
+    )
+    batch_size = min(batch_size, num_examples)
+    if mesh is not None:
+        batch_size += -batch_size % mesh.size
+    indices, mask = batches.evaluation_batches(num_examples, batch_size)
+    dataset = (jnp.asarray(images), labels, targets, trigger)
+    schedule = list(zip(jnp.asarray(indices), jnp.asarray(mask), strict=True))
+    if mesh is not None:
+        dataset, schedule = sharding.replicate((dataset, schedule), mesh)
+
+    @jax.jit
+    def count(variables: Any, dataset: Any, batch: Any) -> metrics.Counts:
+        images, labels, targets, trigger = dataset
+        indices, mask = batch if mesh is None else sharding.shard_batch(batch, mesh)
+        clean = batches.to_float(images[indices])
+        triggered_logits = None
+        if trigger is not None:
+            triggered = triggers.apply_trigger(clean, trigger)
+            triggered_logits = _logits(apply_fn(variables, triggered))
+        return metrics.count_batch(
+            _logits(apply_fn(variables, clean)),
+            triggered_logits,
+            labels[indices],
+            mask,
+            target_labels=targets[indices],
+        )
+
+    def evaluator(variables: Any) -> Rates:
+        if mesh is not None:
+            variables = sharding.replicate(variables, mesh)
+        counts = [count(variables, dataset, batch) for batch in schedule]
+        # Fetched once, after everything was started.
+        return metrics.summarize(
+            functools.reduce(metrics.merge, jax.device_get(counts))
+        )
+
+    return evaluator
+
+
+def _as_labels(name: str, value: Any, num_examples: int) -> jax.Array:
+    """int32 `[N]` from an int or `[N]`."""
+    value = np.asarray(value)
+    if value.shape not in ((), (num_examples,)):
+        raise errors.InputError(
+            f"{name} must be an int or [{num_examples}], one per image, "
+            f"got shape {value.shape}"
+        )
+    return jnp.asarray(np.broadcast_to(value, num_examples).astype(np.int32))
+
+
+def _logits(output: Any) -> jax.Array:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training loop for victims, teachers, students and fine-tuning.
+
+The data set lives on the device as uint8. One program gathers a batch, prepares it,
+and takes the step; the host only starts programs and, once per epoch, fetches the
+metrics. A batch is a function of (state.key, state.epoch, state.step) and nothing
+else, which is why continuing from a saved state is exact.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from nad_jax import errors
+from nad_jax.data import batches
+from nad_jax.training import sharding, steps
+from nad_jax.training import state as state_lib
+
+# (key, images uint8 [N, H, W, C], labels [N], indices [B]) -> batch
+MakeBatch = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], steps.Batch]
+OnEpoch = Callable[[state_lib.TrainState, dict[str, float]], None]
+
+
+class TrainingDiverged(errors.InputError):
+    """The loss stopped being a number; the settings, not the program, are at fault."""
+
+
+class TrainingInterrupted(RuntimeError):
+    """`should_stop` asked to stop before the last epoch was finished."""
+
+
+def fit(
+    state: state_lib.TrainState,
+    images: Any,
+    labels: Any,
+    *,
+    step_fn: steps.StepFn,
+    epochs: int,
+    batch_size: int,
+    make_batch: MakeBatch,
+    steps_per_dispatch: int = 1,
+    on_epoch: OnEpoch | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    mesh: Mesh | None = None,
+) -> state_lib.TrainState:
+    """State after `epochs` epochs in all, those already done by `state` included.
+
+    Args:
+        state: where to begin: `state.create(...)`, or the state that `on_epoch` saw at
+            the end of any epoch, after which the result is bitwise what it would have
+            been without the stop. The arrays of `state` stay valid.
+        images: uint8 `[N, H, W, C]`.
+        labels: int `[N]`.
+        step_fn: from `steps.make_train_step`, not jitted.
+        epochs: total number of epochs of the run.
+        batch_size: examples per step, over all devices. What is left over at the end
+            of an epoch is dropped, other examples each time; a smaller data set is one
+            batch.
+        make_batch: `(key, images, labels, indices) -> batch`, pure and traceable;
+            every leaf of the batch has the leading axis `[B]`.
+        steps_per_dispatch: steps per compiled program. More means fewer gaps between
+            programs and a longer compilation; results agree to rounding, not bitwise.
+        on_epoch: called after each epoch with the state and the means of the metrics
+            over the epoch. The loop reuses the memory of that state afterwards: save
+            or copy what is to be kept.
+        should_stop: asked between programs; True raises `TrainingInterrupted`, so a
+            signal handler only has to set a flag.
+        mesh: from `sharding.data_mesh`, to split each batch over devices.
+
+    Raises:
+        InputError: arrays, sizes or the state do not fit together.
+        TrainingDiverged: a loss of the finished epoch is not finite.
+        TrainingInterrupted: `should_stop` returned True. The unfinished epoch is lost
+            on purpose: continue from the state of the last `on_epoch`.
+    """
+    images, labels = _resident(images, labels)
+
+    @jax.jit
+    def order_of_epoch(key: jax.Array, epoch: jax.Array) -> jax.Array:
+        key = state_lib.derive_key(key, state_lib.SHUFFLE)
+        return batches.epoch_indices(key, epoch, images.shape[0], batch_size)
+
+    order = jax.eval_shape(order_of_epoch, state.key, state.epoch)
+    steps_per_epoch, examples_per_step = order.shape
+    _check_start(state, steps_per_epoch)
+    counts = _dispatch_sizes(steps_per_epoch, steps_per_dispatch)
+    # The programs donate the state, so work on a copy, or the caller's arrays die.
+    state = jax.tree.map(jnp.copy, state)
+    if mesh is not None:
+        sharding.check_divisible(examples_per_step, mesh)
+        images, labels, state = sharding.replicate((images, labels, state), mesh)
+    run_steps = _compile_steps(step_fn, make_batch, mesh)
+
+    for epoch in range(int(state.epoch), epochs):
+        order = order_of_epoch(state.key, state.epoch)
+        history = []
+        for count in counts:
+            if should_stop is not None and should_stop():
+                raise TrainingInterrupted(
+                    f"stopped in epoch {epoch + 1} of {epochs}; the last finished "
+                    f"epoch is {epoch}"
+                )
+            state, metrics = run_steps(state, order, images, labels, count=count)
+            history.append(metrics)
+        state = state.replace(epoch=state.epoch + 1)
+        means = _epoch_means(history, epoch, first_step=epoch * steps_per_epoch)
+        if on_epoch is not None:
+            on_epoch(state, means)
+    return state
+
+
+def _resident(images: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+    """Data set as device arrays, after the checks."""
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise errors.InputError(
+            f"images must be uint8 [N, H, W, C], got {images.dtype} {images.shape}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise errors.InputError(
+            f"labels must be [{images.shape[0]}], one per image, got {labels.shape}"
+        )
+    return jnp.asarray(images), jnp.asarray(labels).astype(jnp.int32)
+
+
+def _check_start(state: state_lib.TrainState, steps_per_epoch: int) -> None:
+    """Raises InputError if `state` does not stand at an epoch boundary."""
+    step, epoch = int(state.step), int(state.epoch)
+    if step != epoch * steps_per_epoch:
+        raise errors.InputError(
+            f"state at step {step}, epoch {epoch} is not at an epoch boundary of "
+            f"{steps_per_epoch} steps; was batch_size or the data changed?"
+        )
+
+
+def _dispatch_sizes(steps_per_epoch: int, steps_per_dispatch: int) -> list[int]:
+    """How many steps each program of an epoch takes; no step is left out.
+
+    What does not fill a program is run step by step: a third program for the rest
+    would cost another compilation to save a few gaps.
+    """
+    if steps_per_dispatch < 1:
+        raise errors.InputError(
+            f"steps_per_dispatch must be at least 1, got {steps_per_dispatch}"
+        )
+    full, rest = divmod(steps_per_epoch, steps_per_dispatch)
+    return [steps_per_dispatch] * full + [1] * rest
+
+
+def _compile_steps(
+    step_fn: steps.StepFn, make_batch: MakeBatch, mesh: Mesh | None
+) -> Any:
+    """Jitted `(state, order, images, labels, count) -> (state, metrics [count])`."""
+
+    def run_steps(
+        state: state_lib.TrainState,
+        order: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+        *,
+        count: int,
+    ) -> tuple[state_lib.TrainState, steps.Metrics]:
+        def one_step(state: state_lib.TrainState, indices: jax.Array) -> Any:
+            key = state_lib.derive_key(state.key, state_lib.AUGMENT, state.step)
+            batch = make_batch(key, images, labels, indices)
+            if mesh is not None:
+                batch = sharding.shard_batch(batch, mesh)
+            return step_fn(state, batch)
+
+        first = state.step - state.epoch * order.shape[0]
+        indices = jax.lax.dynamic_slice_in_dim(order, first, count)
+        return _repeat(one_step, state, indices)
+
+    return jax.jit(
+        run_steps,
+        static_argnames="count",
+        donate_argnums=0,
+        # Left to itself the compiler may return split params, and the next call would
+        # compile again.
+        out_shardings=None if mesh is None else sharding.replicated(mesh),
+    )
+
+
+def _repeat(one_step: Callable[..., Any], state: Any, indices: jax.Array) -> Any:
+    """`one_step` over the rows of `indices`: unrolled on CPU, `lax.scan` elsewhere.
+
+    On CPU a convolution's gradient inside a rolled loop misses the fast code path and
+    takes some 40 times longer, silently.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.scan(one_step, state, indices)
+    history = []
+    for row in indices:
+        state, metrics = one_step(state, row)
+        history.append(metrics)
+    return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
+
+
+def _epoch_means(
+    history: list[steps.Metrics], epoch: int, first_step: int
+) -> dict[str, float]:
+    """Mean of every metric over the steps of an epoch; the one fetch of the epoch."""
+    fetched = jax.device_get(history)
+    # Plain float64 sums of exact float32 values: the same however steps were grouped.
+    values = {
+        name: np.concatenate([metrics[name] for metrics in fetched]).astype(np.float64)
+        for name in fetched[0]
+    }
+    bad_steps = np.flatnonzero(~np.isfinite(values["loss"]))
+    if bad_steps.size:
+        raise TrainingDiverged(
+            f"loss is {values['loss'][bad_steps[0]]} in epoch {epoch + 1} at step "
+            f"{first_step + bad_steps[0] + 1}; lower the learning rate"
+        )
+    return {name: float(np.mean(series)) for name, series in values.items()}

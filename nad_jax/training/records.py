@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint says about itself, and whether that is true.
+
+A record lists path, dtype, shape and sha256 of every leaf of a saved tree, holds the
+caller's metadata, and ends with the sha256 of all that. Arrays in and out; no files.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nad_jax import errors
+
+_FORMAT = 1
+_KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
+_MAX_NAMES_IN_MESSAGE = 3
+
+
+class DamagedStep(Exception):
+    """A step on disk is not what was saved; the message says how it shows."""
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as "params/Conv_0/kernel", in the order of the tree.
+
+    Raises:
+        InputError: a leaf has no dtype, or two leaves have one path.
+    """
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in leaves:
+            raise errors.InputError(f"two leaves of the tree are both called {name}")
+        if not hasattr(leaf, "dtype"):
+            raise errors.InputError(
+                f"leaf {name} must be an array, got {type(leaf).__name__}"
+            )
+        leaves[name] = leaf
+    return leaves
+
+
+def seal(
+    arrays: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+    step: int,
+    score: float | None,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Record of the leaves, with the hash that `open_sealed` checks.
+
+    Raises:
+        InputError: the metadata cannot be written as JSON.
+    """
+    record = {
+        "format": _FORMAT,
+        "step": step,
+        "score": score,
+        "metadata": dict(metadata or {}),
+        "leaves": {
+            name: _describe(leaf) | {"sha256": hash_array(arrays[name])}
+            for name, leaf in leaves.items()
+        },
+    }
+    try:
+        # What comes back from disk: lists for tuples, strings for number keys.
+        record = json.loads(json.dumps(record))
+    except (TypeError, ValueError) as error:
+        raise errors.InputError(f"metadata must be JSON: {error}") from None
+    return record | {"sha256": _hash_record(record)}
+
+
+def open_sealed(sealed: Any, step: int) -> dict[str, Any]:
+    """The record inside, if it is intact and that of `step`.
+
+    Raises:
+        DamagedStep: otherwise.
+        InputError: it was written by another version of this library.
+    """
+    if not isinstance(sealed, dict):
+        raise DamagedStep("its record is not a JSON object")
+    record = {name: value for name, value in sealed.items() if name != "sha256"}
+    if sealed.get("sha256") != _hash_record(record):
+        raise DamagedStep("sha256 of its record differs")
+    if record.get("format") != _FORMAT:
+        raise errors.InputError(
+            f"checkpoint format is {record.get('format')}; this version reads {_FORMAT}"
+        )
+    if record["step"] != step:
+        raise DamagedStep(f"its record is that of step {record['step']}")
+    return record
+
+
+def check_leaves(record: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Raises InputError unless the record is of the leaves of `like`: no casts."""
+    stored, wanted = record["leaves"], {k: _describe(v) for k, v in like.items()}
+    problems = [f"{name} is missing" for name in wanted if name not in stored]
+    problems += [f"{name} is not expected" for name in stored if name not in wanted]
+    for name in wanted:
+        for what in ("dtype", "shape"):
+            if name in stored and stored[name][what] != wanted[name][what]:
+                problems.append(
+                    f"{what} of {name} is {stored[name][what]}, "
+                    f"expected {wanted[name][what]}"
+                )
+    if problems:
+        more = len(problems) - _MAX_NAMES_IN_MESSAGE
+        raise errors.InputError(
+            "the checkpoint is of another model: "
+            + "; ".join(problems[:_MAX_NAMES_IN_MESSAGE])
+            + (f"; and {more} more" if more > 0 else "")
+        )
+
+
+def data_struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the numpy array that stands for a leaf on disk."""
+    if _is_key(leaf):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def to_numpy(leaf: Any) -> np.ndarray:
+    """Array that stands for a leaf on disk."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def from_numpy(array: np.ndarray, like: Any) -> Any:
+    """Inverse of `to_numpy`: numpy where `like` is numpy, else a jax array."""
+    if isinstance(like, np.ndarray | np.generic):
+        return array
+    if not _is_key(like):
+        return jnp.asarray(array)
+    for name in _KEY_IMPLEMENTATIONS:
+        if jax.eval_shape(functools.partial(jax.random.key, 0, impl=name)).dtype == (
+            like.dtype
+        ):
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=name)
+    raise errors.InputError(f"keys of dtype {like.dtype} cannot be restored")
+
+
+def hash_array(array: np.ndarray) -> str:
+    """sha256 of the values in C order; dtype and shape are in the record."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _hash_record(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data parallelism: a one-axis mesh, batches split over it, everything else copied.
+
+Under `jax.jit` that is all there is to it: the compiler makes means over a split batch
+global, those of batch normalisation included.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nad_jax import errors
+
+DATA_AXIS = "data"
+
+
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh with the single axis "data" over the devices, by default all there are."""
+    devices = jax.devices() if devices is None else devices
+    # Under AxisType.Explicit, indexing and top_k of a sharded batch raise; a foreign
+    # model must not have to care.
+    return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """The batch with the leading axis of every leaf split over the mesh.
+
+    Raises:
+        InputError: a leading axis is not a multiple of the number of devices.
+    """
+    for leaf in jax.tree.leaves(batch):
+        check_divisible(leaf.shape[0], mesh)
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The tree with a copy of every leaf on every device of the mesh."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array with a copy on every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divisible(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError if the batch cannot be split evenly over the mesh."""
+    if batch_size % mesh.size:
+        raise errors.InputError(
+            f"batch_size {batch_size} cannot be split over {mesh.size} devices; "
+            f"use a multiple of {mesh.size}"
+        )

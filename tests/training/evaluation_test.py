@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rates of a whole data set against a numpy count of every image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax import errors
+from nad_jax.attacks import triggers
+from nad_jax.training import evaluation, sharding
+
+NUM_CLASSES = 4
+
+
+def linear(variables, images):
+    """A model whose logits numpy can repeat."""
+    return images.reshape(images.shape[0], -1) @ variables["weights"]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    generator = np.random.default_rng(5)
+    return {
+        "weights": jnp.asarray(generator.normal(size=(48, NUM_CLASSES)), jnp.float32)
+    }
+
+
+@pytest.fixture(scope="module")
+def trigger():
+    mask = np.zeros((4, 4, 1), np.float32)
+    mask[2:, 2:] = 0.75
+    return triggers.Trigger(jnp.ones((4, 4, 3)), jnp.asarray(mask))
+
+
+def dataset(num_examples):
+    generator = np.random.default_rng(num_examples)
+    images = generator.integers(0, 256, (num_examples, 4, 4, 3)).astype(np.uint8)
+    return images, generator.integers(0, NUM_CLASSES, num_examples)
+
+
+def oracle(images, labels, variables, trigger, targets):
+    """The definitions of the rates, image by image, in float64."""
+    weights = np.asarray(variables["weights"], np.float64)
+    mask = np.asarray(trigger.mask, np.float64)
+    hits = attacks = robust = attacked = 0
+    for image, label, target in zip(images, labels, targets, strict=True):
+        image = image / 255.0
+        hits += np.argmax(image.ravel() @ weights) == label
+        if label == target:
+            continue
+        attacked += 1
+        stamped = image * (1 - mask) + np.asarray(trigger.pattern, np.float64) * mask
+        prediction = np.argmax(stamped.ravel() @ weights)
+        attacks += prediction == target
+        robust += prediction == label
+    return {
+        "acc": hits / len(images),
+        "asr": attacks / attacked,
+        "ra": robust / attacked,
+        "acc_count": len(images),
+        "asr_count": attacked,
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size"), [(37, 8), (8, 8), (9, 8), (7, 8), (1, 5), (37, 37)]
+)
+def test_every_image_counts_exactly_once(variables, trigger, num_examples, batch_size):
+    """Odd sizes: no tail dropped, no padding counted."""
+    images, labels = dataset(num_examples)
+    if num_examples == 1:
+        labels[:] = 1
+    rates = evaluation.evaluate(
+        linear,
+        variables,
+        images,
+        labels,
+        trigger=trigger,
+        target_labels=2,
+        batch_size=batch_size,
+    )
+    targets = np.full(num_examples, 2)
+    assert rates == oracle(images, labels, variables, trigger, targets)
+
+
+def test_each_image_may_have_its_own_target(variables, trigger):
+    images, labels = dataset(29)
+    targets = (labels + 1) % NUM_CLASSES
+    rates = evaluation.evaluate(
+        linear,
+        variables,
+        images,
+        labels,
+        trigger=trigger,
+        target_labels=targets,
+        batch_size=10,
+    )
+    assert rates == oracle(images, labels, variables, trigger, targets)
+    assert rates["asr_count"] == 29
+
+
+def test_without_a_trigger_only_accuracy_is_counted(variables):
+    images, labels = dataset(11)
+    rates = evaluation.evaluate(linear, variables, images, labels, batch_size=4)
+    assert (rates["acc_count"], rates["asr_count"]) == (11, 0)
+    assert rates["asr"] is None and rates["ra"] is None
+
+
+def test_a_model_may_return_features_beside_its_logits(variables):
+    images, labels = dataset(11)
+    with_features = evaluation.evaluate(
+        lambda v, x: (linear(v, x), {"stage1": x}), variables, images, labels
+    )
+    assert with_features == evaluation.evaluate(linear, variables, images, labels)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_one_program_serves_all_batches_and_all_variables(
+    monkeypatch, variables, trigger, on_mesh
+):
+    programs = []
+    jit = jax.jit
+
+    def spy(fun, **options):
+        programs.append(jit(fun, **options))
+        return programs[-1]
+
+    images, labels = dataset(37)
+    mesh = sharding.data_mesh() if on_mesh else None
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.jax, "jit", spy)
+        evaluator = evaluation.make_evaluator(
+            linear,
+            images,
+            labels,
+            trigger=trigger,
+            target_labels=0,
+            batch_size=8,
+            mesh=mesh,
+        )
+    zeros = {"weights": jnp.zeros_like(variables["weights"])}
+    expected = oracle(images, labels, variables, trigger, np.zeros(37, int))
+    assert evaluator(variables) == expected
+    assert evaluator(zeros)["asr"] == 1.0  # a tie is class 0
+    assert evaluator(variables) == expected
+    assert [program._cache_size() for program in programs] == [1]
+
+
+def test_variables_that_live_on_a_mesh_are_welcome(variables):
+    images, labels = dataset(11)
+    spread = sharding.replicate(variables, sharding.data_mesh())
+    assert evaluation.evaluate(linear, spread, images, labels) == evaluation.evaluate(
+        linear, variables, images, labels
+    )
+
+
+def test_misuse_is_one_line(variables, trigger):
+    images, labels = dataset(5)
+    with pytest.raises(errors.InputError, match="needs target_labels"):
+        evaluation.evaluate(linear, variables, images, labels, trigger=trigger)
+    with pytest.raises(errors.InputError, match=r"labels must be an int or \[5\]"):
+        evaluation.evaluate(linear, variables, images, labels[:4])
+    with pytest.raises(errors.InputError, match="no images"):
+        evaluation.evaluate(linear, variables, images[:0], labels[:0])
