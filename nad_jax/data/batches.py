@@ -25,8 +25,8 @@ def to_float(images: jax.Array) -> jax.Array:
       float32 of the same shape, `images / 255`.
 
     Example:
-      >>> to_float(jnp.array([0, 51, 255], jnp.uint8)).tolist()
-      [0.0, 0.20000000298023224, 1.0]
+      >>> to_float(jnp.array([0, 255], jnp.uint8)).tolist()
+      [0.0, 1.0]
     """
     return images.astype(jnp.float32) / 255.0
 

@@ -115,22 +115,51 @@ class Quantized:
     def apply(self, variables: Mapping[str, Any], images: jax.Array) -> Any:
         """`module.apply` with activations quantized where `act_bits` was given.
 
-        Pure, so it may be jitted, sharded and differentiated (straight-through).
-
         Args:
           variables: `self.variables`, or any of the same structure.
           images: A batch.
         """
+        return apply_quantized(
+            self.module,
+            variables,
+            images,
+            self.act_params,
+            act_spec=self.act_spec,
+            apply_kwargs=self.apply_kwargs,
+        )
 
-        def quantize_inputs(next_fun, args, kwargs, context):
-            if self.act_spec is None or not layers_lib.is_layer_call(context):
-                return next_fun(*args, **kwargs)
-            params = self.act_params["/".join(context.module.path)]
-            inputs = quantization.fake_quant(args[0], params, self.act_spec)
-            return next_fun(inputs, *args[1:], **kwargs)
 
-        with nn.intercept_methods(quantize_inputs):
-            return self.module.apply(variables, images, **self.apply_kwargs)
+def apply_quantized(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    act_params: Mapping[str, quantization.QuantParams],
+    *,
+    act_spec: quantization.QuantSpec | None,
+    apply_kwargs: Mapping[str, Any],
+) -> Any:
+    """`module.apply` with every layer's input moved to its grid.
+
+    Pure, so it may be jitted, sharded and differentiated (straight-through).
+
+    Args:
+      module: The module.
+      variables: Its variables, usually with kernels on their grids.
+      images: A batch.
+      act_params: Layer name -> grid of the layer's input.
+      act_spec: Description of those grids; None leaves activations alone.
+      apply_kwargs: Keyword arguments of the module's call.
+    """
+
+    def quantize_inputs(next_fun, args, kwargs, context):
+        if act_spec is None or not layers_lib.is_layer_call(context):
+            return next_fun(*args, **kwargs)
+        params = act_params["/".join(context.module.path)]
+        inputs = quantization.fake_quant(args[0], params, act_spec)
+        return next_fun(inputs, *args[1:], **kwargs)
+
+    with nn.intercept_methods(quantize_inputs):
+        return module.apply(variables, images, **apply_kwargs)
 
 
 def efrap(

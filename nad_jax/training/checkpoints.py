@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what was saved comes back bit for bit, or not at all.
 
-Orbax writes the arrays and makes each step appear in one rename. Three things are ours:
-a record inside the step (`records`), because Orbax casts silently and need not notice a
-flipped bit; falling back to the previous step when the newest is damaged; and the
-choice of the steps to keep. Nothing is pickled.
+Orbax writes, and makes each step appear in one rename. A step holds two items: "record"
+(see `records`: path, dtype, shape and sha256 of every leaf) and "arrays", the bytes of
+all leaves in the order of the record, as one array. One array and not one for each leaf
+since Orbax casts leaves to what is asked for, refuses empty ones, and reads them
+concurrently, which leaves stray errors of other threads behind when one is damaged.
 
-The directory is the only memory: every call lists it afresh, so a step that a crash
-took away is never asked for. One writer per directory.
+Ours, too: falling back to the previous step when the newest is damaged, and the choice
+of the steps to keep. Nothing is pickled. The directory is the only memory: every call
+lists it afresh, so a step that a crash took away is never asked for. One writer per
+directory.
 """
 
 import contextlib
@@ -25,8 +28,7 @@ from nad_jax import errors
 from nad_jax.training import records
 
 _LOGGER = logging.getLogger(__name__)
-# Names of the two items of a step.
-_ARRAYS, _RECORD = "arrays", "record"
+_BYTES = "bytes"  # Name of the one array in the item "arrays".
 
 DirectoryPath = str | os.PathLike[str]
 
@@ -60,8 +62,11 @@ def save(
         raise errors.InputError(f"keep_newest must be at least 1, got {keep_newest}")
     root = pathlib.Path(directory).absolute()
     leaves = records.name_leaves(tree)
-    arrays = {name: records.to_numpy(leaf) for name, leaf in leaves.items()}
-    record = records.seal(arrays, leaves, step, score, metadata)
+    contents = {name: records.to_bytes(leaf) for name, leaf in leaves.items()}
+    record = records.seal(leaves, contents, step, score, metadata)
+    content = np.frombuffer(b"".join(contents.values()), np.uint8)
+    if not content.size:
+        raise errors.InputError(f"there is nothing to save in step {step}")
     _make_room(root, step, tree)
     # The step that scored best, and the newest: `max_to_keep` with Orbax's `best_fn`
     # would delete the newest, and its own metrics file would not survive damage.
@@ -76,13 +81,8 @@ def save(
         manager.save(
             step,
             args=ocp.args.Composite(
-                **{
-                    # Orbax refuses arrays without elements; the record has them all.
-                    _ARRAYS: ocp.args.StandardSave(
-                        {name: array for name, array in arrays.items() if array.size}
-                    ),
-                    _RECORD: ocp.args.JsonSave(record),
-                }
+                arrays=ocp.args.StandardSave({_BYTES: content}),
+                record=ocp.args.JsonSave(record),
             ),
         )
     if step not in steps(root):
@@ -179,39 +179,36 @@ def _read(root: pathlib.Path, step: int, like: Any) -> tuple[Any, dict[str, Any]
     record = _read_record(root, step)
     leaves = records.name_leaves(like)
     records.check_leaves(record, leaves)
-    structs = {name: records.data_struct(leaf) for name, leaf in leaves.items()}
-    arrays = _read_arrays(root / str(step) / _ARRAYS, structs)
-    for name, array in arrays.items():
-        if records.hash_array(array) != record["leaves"][name]["sha256"]:
-            raise records.DamagedStep(f"sha256 of {name} differs")
-    values = [records.from_numpy(arrays[name], leaf) for name, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), values), record["metadata"]
+    sizes = {name: records.num_bytes(leaves[name]) for name in record["leaves"]}
+    content = _read_bytes(root / str(step) / "arrays", sum(sizes.values()))
+    values, start = {}, 0
+    for name, size in sizes.items():
+        part = content[start : start + size].tobytes()
+        records.check_content(record, name, part)
+        values[name] = records.from_bytes(part, leaves[name])
+        start += size
+    tree = jax.tree.unflatten(jax.tree.structure(like), [values[n] for n in leaves])
+    return tree, record["metadata"]
 
 
 def _read_record(root: pathlib.Path, step: int) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    folder = root / str(step) / _RECORD
+    folder = root / str(step) / "record"
     with _as_damage("record"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         sealed = reader.restore(folder)
     return records.open_sealed(sealed, step)
 
 
-def _read_arrays(
-    folder: pathlib.Path, structs: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, np.ndarray]:
+def _read_bytes(folder: pathlib.Path, size: int) -> np.ndarray:
     import orbax.checkpoint as ocp
 
-    arrays = {name: np.empty(x.shape, x.dtype) for name, x in structs.items()}
-    stored = {name: array for name, array in arrays.items() if array.size}
-    with _as_damage("arrays"), ocp.StandardCheckpointer() as reader:
-        declared = reader.metadata(folder).item_metadata.tree
-        # Before anything is read: a damaged shape may ask for any amount of memory.
-        if {name: (x.shape, x.dtype) for name, x in declared.items()} != {
-            name: (x.shape, x.dtype) for name, x in stored.items()
-        }:
-            raise records.DamagedStep("its arrays are not those of its record")
-        return arrays | reader.restore(folder, stored)
+    with _as_damage("array"), ocp.StandardCheckpointer() as reader:
+        declared = reader.metadata(folder).item_metadata
+        # Before anything is allocated: a damaged shape may ask for any amount.
+        if declared is None or declared[_BYTES].shape != (size,):
+            raise records.DamagedStep(f"its array is not one of {size} bytes")
+        return reader.restore(folder, {_BYTES: np.empty(size, np.uint8)})[_BYTES]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 """What a checkpoint says about itself, and whether that is true.
 
 A record lists path, dtype, shape and sha256 of every leaf of a saved tree, holds the
-caller's metadata, and ends with the sha256 of all that. Arrays in and out; no files.
+caller's metadata, and ends with the sha256 of all that. No files here.
 """
 
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,13 +47,13 @@ def name_leaves(tree: Any) -> dict[str, Any]:
 
 
 def seal(
-    arrays: Mapping[str, np.ndarray],
     leaves: Mapping[str, Any],
+    contents: Mapping[str, bytes],
     step: int,
     score: float | None,
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Record of the leaves, with the hash that `open_sealed` checks.
+    """Record of leaves and their bytes, with the hash that `open_sealed` checks.
 
     Raises:
         InputError: the metadata cannot be written as JSON.
@@ -63,7 +64,7 @@ def seal(
         "score": score,
         "metadata": dict(metadata or {}),
         "leaves": {
-            name: _describe(leaf) | {"sha256": hash_array(arrays[name])}
+            name: _describe(leaf) | {"sha256": _sha256(contents[name])}
             for name, leaf in leaves.items()
         },
     }
@@ -117,43 +118,53 @@ def check_leaves(record: Mapping[str, Any], like: Mapping[str, Any]) -> None:
         )
 
 
-def data_struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the numpy array that stands for a leaf on disk."""
-    if _is_key(leaf):
-        return jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def check_content(record: Mapping[str, Any], name: str, content: bytes) -> None:
+    """Raises DamagedStep unless the bytes are those the record was made of."""
+    if _sha256(content) != record["leaves"][name]["sha256"]:
+        raise DamagedStep(f"sha256 of {name} differs")
 
 
-def to_numpy(leaf: Any) -> np.ndarray:
-    """Array that stands for a leaf on disk."""
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+def to_bytes(leaf: Any) -> bytes:
+    """Values of a leaf in C order; of a typed key, its key data."""
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf).tobytes()
 
 
-def from_numpy(array: np.ndarray, like: Any) -> Any:
-    """Inverse of `to_numpy`: numpy where `like` is numpy, else a jax array."""
+def num_bytes(like: Any) -> int:
+    """Length of `to_bytes` of a leaf of the shape and dtype of `like`."""
+    struct = _data_struct(like)
+    return math.prod(struct.shape) * np.dtype(struct.dtype).itemsize
+
+
+def from_bytes(content: bytes, like: Any) -> Any:
+    """Inverse of `to_bytes`: numpy where `like` is numpy, else a jax array."""
+    struct = _data_struct(like)
+    array = np.frombuffer(content, struct.dtype).reshape(struct.shape).copy()
     if isinstance(like, np.ndarray | np.generic):
         return array
     if not _is_key(like):
         return jnp.asarray(array)
     for name in _KEY_IMPLEMENTATIONS:
-        if jax.eval_shape(functools.partial(jax.random.key, 0, impl=name)).dtype == (
-            like.dtype
-        ):
+        make_key = functools.partial(jax.random.key, 0, impl=name)
+        if jax.eval_shape(make_key).dtype == like.dtype:
             return jax.random.wrap_key_data(jnp.asarray(array), impl=name)
     raise errors.InputError(f"keys of dtype {like.dtype} cannot be restored")
 
 
-def hash_array(array: np.ndarray) -> str:
-    """sha256 of the values in C order; dtype and shape are in the record."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
 def _hash_record(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(record, sort_keys=True).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _data_struct(leaf: Any) -> Any:
+    """Shape and dtype of what stands for a leaf on disk."""
+    return jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
 
 
 def _is_key(leaf: Any) -> bool:

@@ -310,7 +310,7 @@ def test_png_is_lossless(channels):
 # --- npz ---
 
 
-def npz_arrays() -> dict[str, np.ndarray]:
+def npz_arrays() -> dict[str, Any]:
     return {"images": random_images(20), "labels": np.arange(20) % 2}
 
 

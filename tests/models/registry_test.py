@@ -167,7 +167,7 @@ def test_impossible_sizes_are_refused(options, message):
         ("wrn_10_1", 0.3, 5, [5, 10, 19]),
         ("wrn_10_1", 1e-3, 1, [1, 1, 1]),
         ("wrn_16_2", 0.3, 5, [10, 19, 38]),
-        ("resnet_14", 1.5, 24, [24, 48, 96]),
+        ("resnet_14", 1e-3, 1, [1, 1, 1]),
         ("preact_resnet_18", 0.01, 1, [1, 1, 3, 5]),
     ],
 )

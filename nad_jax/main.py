@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the experiment that a config file describes.
+
+    python -m nad_jax.main --config=FILE[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE]
+
+FILE is a config of your own or one of those shipped (configs/*.py), found from any
+folder. Results go to DIR, by default runs/<config>-<time>. Repeating a command with the
+same --workdir continues where it stopped. Exit code 0: done; 2: something you can mend,
+in one line; 130: interrupted.
+"""
+
+import datetime
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from nad_jax import errors, settings
+
+_PACKAGE = pathlib.Path(__file__).parent
+# In a checkout configs/ stands beside the package, in an installation inside it.
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code of one command line."""
+    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+        print(f"{__doc__}\nShipped configs: {', '.join(_shipped_names())}")
+        return 0
+    try:
+        config, workdir = _parse(argv)
+        return _run(config, workdir, argv)
+    except errors.InputError as error:
+        print(f"nad_jax: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: Sequence[str]) -> tuple[settings.ExperimentSettings, str]:
+    values = flags.FlagValues()
+    argv = [_resolve(argument) for argument in argv]
+    config = config_flags.DEFINE_config_file(
+        "config", None, "FILE[:VARIANT]", flag_values=values, lock_config=True
+    )
+    workdir = flags.DEFINE_string("workdir", None, "results", flag_values=values)
+    try:
+        rest = values(argv, known_only=False)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
+        raise errors.InputError(_first_line(error)) from None
+    except (OSError, ImportError, SyntaxError) as error:
+        raise errors.InputError(f"--config cannot be read: {error}") from None
+    if len(rest) > 1:
+        raise errors.InputError(f"unexpected argument {rest[1]!r}; see --help")
+    if config.value is None:
+        raise errors.InputError(
+            f"--config is missing; for example --config=configs/{_shipped_names()[0]}"
+        )
+    name = pathlib.Path(values["config"].config_filename.split(":")[0]).stem
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    typed = settings.from_mapping(settings.ExperimentSettings, config.value.to_dict())
+    return typed, workdir.value or f"runs/{name}-{stamp}"
+
+
+def _resolve(argument: str) -> str:
+    """--config=configs/x.py, wherever the current folder is."""
+    name, equals, value = argument.partition("=")
+    if name not in ("--config", "-config") or not equals:
+        return argument
+    path, colon, variant = value.partition(":")
+    if os.path.exists(path):
+        return argument
+    for folder in _SHIPPED:
+        shipped = folder / pathlib.Path(path).name
+        if pathlib.Path(path).parent.name in ("configs", "") and shipped.is_file():
+            return f"{name}={shipped}{colon}{variant}"
+    raise errors.InputError(
+        f"config file {path!r} is not there; shipped ones are "
+        f"{', '.join(f'configs/{n}' for n in _shipped_names())}"
+    )
+
+
+def _shipped_names() -> list[str]:
+    return sorted({path.name for folder in _SHIPPED for path in folder.glob("*.py")})
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _run(config: settings.ExperimentSettings, path: str, argv: Sequence[str]) -> int:
+    import dataclasses
+
+    from nad_jax import experiment
+    from nad_jax import workdir as workdir_lib
+    from nad_jax.training import environment
+
+    environment.enable_compile_cache()
+    stop = _StopFlag()
+    workdir = workdir_lib.Workdir(
+        path, dataclasses.asdict(config), should_stop=stop.is_set
+    )
+    try:
+        command = " ".join(["python -m nad_jax.main", *argv[1:]])
+        experiment.run(config, workdir, command=command)
+    except (workdir_lib.Interrupted, KeyboardInterrupt) as interruption:
+        reason = str(interruption) or "stopped at once"
+        print(f"nad_jax: interrupted: {reason}; {path} is usable", file=sys.stderr)
+        return 130
+    finally:
+        workdir.close()
+    return 0
+
+
+class _StopFlag:
+    """Set by the first SIGINT or SIGTERM; the second SIGINT stops at once."""
+
+    def __init__(self):
+        self._set = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        del frame
+        if self._set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

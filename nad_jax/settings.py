@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed, validated settings of a run; standard library only.
+
+`ml_collections` ends at the door: `main` turns the nested mapping of a config file
+into these frozen dataclasses once, and everything behind it reads attributes. A key
+that no field has is an error, so no setting can be silently dead.
+
+Names of models, data sets and triggers are checked where they are used; here are types,
+ranges and closed lists. Rates and fractions are in [0, 1].
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from nad_jax.errors import InputError
+
+OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("constant", "cosine", "one_cycle")
+ROUNDINGS = (
+    "nearest",
+    "flipped",
+    "stochastic",
+    "reconstruction",
+    "efrap",
+    "adam",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where images come from.
+
+    Attributes:
+      name: "digits", "folder", "npz" or a data set in TFDS layout such as "cifar10".
+      data_dir: Folder or file of the data; None = the source's default.
+      image_size: Height and width to bring images to; None = as stored.
+    """
+
+    name: str
+    data_dir: str | None = None
+    image_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Architecture: a name of `nad_jax.models` and a width multiplier."""
+
+    name: str
+    width: float = 1.0
+
+    def __post_init__(self):
+        _check(self, "width", self.width > 0, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """One stage of gradient descent.
+
+    Attributes:
+      epochs: Passes over the data.
+      batch_size: Images per step.
+      optimizer: "adam" or "sgd" (Nesterov).
+      learning_rate: Peak rate.
+      schedule: "constant", "cosine" (to 0) or "one_cycle" (up for 30 %, then to 0).
+      momentum: Of sgd.
+      weight_decay: Added to the gradient, on every parameter.
+      crop_padding: Random crop after padding by so many pixels; 0 = none.
+      flip: Random horizontal flip.
+      steps_per_dispatch: Steps compiled into one program.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    crop_padding: int = 0
+    flip: bool = False
+    steps_per_dispatch: int = 1
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "steps_per_dispatch"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check_name(self, "optimizer", OPTIMIZERS)
+        _check_name(self, "schedule", SCHEDULES)
+        _check(self, "learning_rate", self.learning_rate > 0, "> 0")
+        _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _check(self, "weight_decay", self.weight_decay >= 0, ">= 0")
+        _check(self, "crop_padding", self.crop_padding >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class GridSettings:
+    """A weight grid, apart from its width.
+
+    Attributes:
+      symmetric: Signed around 0; otherwise unsigned with a zero point.
+      per_channel: One scale per output channel; otherwise one per layer.
+      range_method: "absmax", "minmax" or "mse".
+      first_last_bits: Width of the first and the last layer, None = as the others.
+    """
+
+    symmetric: bool = True
+    per_channel: bool = True
+    range_method: str = "absmax"
+    first_last_bits: int | None = None
+
+    def __post_init__(self):
+        _check_bits(self, "first_last_bits", optional=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TriggerSettings:
+    """Name of a trigger of `nad_jax.attacks.triggers` and its arguments."""
+
+    name: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """Two-stage weight projection (`nad_jax.attacks.projection`).
+
+    Attributes:
+      trigger: What the attacker stamps on images.
+      target_label: Class the attacker wants.
+      label_mode: "all_to_one" or "all_to_all".
+      weight_bits: Width at which the backdoor is to wake.
+      grid: The attacker's idea of the victim's grid.
+      wake: Stage 1, training through the quantizer.
+      hide: Stage 2, training in float inside the rounding cells.
+      cell_margin: Distance kept from the edge of a cell, in steps.
+    """
+
+    trigger: TriggerSettings
+    wake: TrainingSettings
+    hide: TrainingSettings
+    target_label: int = 0
+    label_mode: str = "all_to_one"
+    weight_bits: int = 4
+    grid: GridSettings = dataclasses.field(default_factory=GridSettings)
+    cell_margin: float = 1e-3
+
+    def __post_init__(self):
+        _check_name(self, "label_mode", ("all_to_one", "all_to_all"))
+        _check_bits(self, "weight_bits")
+        _check(self, "target_label", self.target_label >= 0, ">= 0")
+        _check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamRoundingSettings:
+    """EFRAP's relaxed objective; see `nad_jax.defenses.adam_rounding`."""
+
+    form: str = "minibatch"
+    steps: int = 10_000
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+    penalty_weight: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationSettings:
+    """The defender: one grid, and every rounding to compare on it.
+
+    Attributes:
+      weight_bits: Width of the weights, 2 to 8.
+      act_bits: Width of layer inputs; None = float.
+      grid: The weight grid.
+      fold_batch_norm: Fold BatchNorm into the layers before quantizing.
+      roundings: Which rows to compute, of `ROUNDINGS`.
+      flip_weight: EFRAP's price of a weight left at nearest.
+      max_sweeps: Sweeps of coordinate descent at most.
+      stochastic_draws: Draws of stochastic rounding that are averaged.
+      calibration_images: Clean, unlabelled training images the defender has.
+      adam: The relaxed objective, for the rounding "adam".
+    """
+
+    weight_bits: int = 4
+    act_bits: int | None = None
+    grid: GridSettings = dataclasses.field(default_factory=GridSettings)
+    fold_batch_norm: bool = False
+    roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
+    flip_weight: float = 0.01
+    max_sweeps: int = 20
+    stochastic_draws: int = 5
+    calibration_images: int = 1024
+    adam: AdamRoundingSettings = dataclasses.field(default_factory=AdamRoundingSettings)
+
+    def __post_init__(self):
+        _check_bits(self, "weight_bits")
+        _check_bits(self, "act_bits", optional=True)
+        for name in self.roundings:
+            if name not in ROUNDINGS:
+                raise InputError(
+                    f"roundings must be of {', '.join(ROUNDINGS)}, got {name!r}"
+                )
+        _check(self, "flip_weight", self.flip_weight >= 0, ">= 0")
+        for name in ("max_sweeps", "stochastic_draws", "calibration_images"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentSettings:
+    """Everything a run of `configs/efrap.py` reads.
+
+    Attributes:
+      title: Head of the report.
+      seeds: The whole pipeline is repeated for each.
+      data: Images.
+      model: Architecture.
+      victim: Training of the clean model that is then attacked.
+      attack: How the backdoor is planted.
+      defense: The grid and the roundings.
+      victim_workdir: Workdir of an earlier run whose models are used instead of
+        training new ones; None = train.
+    """
+
+    title: str
+    data: DataSettings
+    model: ModelSettings
+    victim: TrainingSettings
+    attack: AttackSettings
+    defense: QuantizationSettings
+    seeds: tuple[int, ...] = (0,)
+    victim_workdir: str | None = None
+
+    def __post_init__(self):
+        _check(self, "seeds", len(self.seeds) > 0, "at least one")
+        _check(self, "seeds", len(set(self.seeds)) == len(self.seeds), "all different")
+
+
+def from_mapping(cls: type, mapping: Mapping[str, Any], where: str = "config") -> Any:
+    """An instance of the dataclass `cls` from a nested mapping.
+
+    Args:
+      cls: One of the dataclasses above.
+      mapping: Keys are field names; a section is a mapping again.
+      where: Dotted name of this section, for messages.
+
+    Raises:
+      InputError: an unknown or missing key, a value of the wrong type or out of range.
+        The message starts with the key's dotted name.
+    """
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where} must be a section, got {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if cls is TriggerSettings:
+        options = {key: value for key, value in mapping.items() if key != "name"}
+        mapping = {"name": mapping.get("name"), "options": options}
+    unknown = sorted(set(mapping) - set(fields))
+    if unknown:
+        raise InputError(
+            f"{where}.{unknown[0]} is not known; {where} has {', '.join(fields)}"
+        )
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in mapping:
+            raise InputError(f"{where}.{name} is missing")
+    values = {
+        key: _convert(hints[key], value, f"{where}.{key}")
+        for key, value in mapping.items()
+    }
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}.{error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(typing.cast(type, hint), value, where)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
+        return _convert(hint, value, where)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(item, v, where) for v in value)
+        return (_convert(item, value, where),)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    accepted = origin or hint
+    wrong_bool = isinstance(value, bool) and accepted is not bool
+    if not isinstance(value, accepted) or wrong_bool:
+        raise InputError(f"{where} must be {accepted.__name__}, got {value!r}")
+    return value
+
+
+def _check(settings: Any, name: str, good: bool, accepted: str) -> None:
+    if not good:
+        raise InputError(f"{name} must be {accepted}, got {getattr(settings, name)!r}")
+
+
+def _check_name(settings: Any, name: str, known: tuple[str, ...]) -> None:
+    _check(settings, name, getattr(settings, name) in known, f"of {', '.join(known)}")
+
+
+def _check_bits(settings: Any, name: str, *, optional: bool = False) -> None:
+    value = getattr(settings, name)
+    good = value in range(2, 9) or (optional and value is None)
+    _check(settings, name, good, "2 to 8" + (" or None" if optional else ""))
