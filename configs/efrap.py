@@ -75,7 +75,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 def _make_smoke(config):
     config.title = "Smoke test: the main job in miniature"
     config.data.image_size = 8
-    config.model.width = 0.25
+    config.model.name = "resnet_8"
+    config.model.width = 0.5
     config.attack.trigger.size = 2
     config.attack.trigger.margin = 0
     for stage in (config.victim, config.attack.wake, config.attack.hide):

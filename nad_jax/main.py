@@ -12,6 +12,7 @@ in one line; 130: interrupted.
 import datetime
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -43,13 +44,25 @@ def _parse(argv: Sequence[str]) -> tuple[settings.ExperimentSettings, str]:
     values = flags.FlagValues()
     argv = [_resolve(argument) for argument in argv]
     config = config_flags.DEFINE_config_file(
-        "config", None, "FILE[:VARIANT]", flag_values=values, lock_config=True
+        "config",
+        None,
+        "FILE[:VARIANT]",
+        flag_values=values,
+        lock_config=True,
+        sys_argv=argv,
     )
     workdir = flags.DEFINE_string("workdir", None, "results", flag_values=values)
     try:
         rest = values(argv, known_only=False)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
-        raise errors.InputError(_first_line(error)) from None
+    except (AttributeError, KeyError) as error:
+        raise errors.InputError(_unknown_key(error, argv)) from None
+    except TypeError:
+        names = [a for a in argv if a.startswith("--config.")]
+        raise errors.InputError(
+            f"an override goes into a value that is not a section: {' '.join(names)}"
+        ) from None
+    except (flags.Error, ValueError) as error:
+        raise errors.InputError(_one_line(error)) from None
     except (OSError, ImportError, SyntaxError) as error:
         raise errors.InputError(f"--config cannot be read: {error}") from None
     if len(rest) > 1:
@@ -86,8 +99,22 @@ def _shipped_names() -> list[str]:
     return sorted({path.name for folder in _SHIPPED for path in folder.glob("*.py")})
 
 
-def _first_line(error: Exception) -> str:
+def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
+    """ml_collections names only the last part of a dotted key, and quotes it twice."""
+    words = re.findall(r"\w+", str(error).replace("\\n", " "))
+    overrides = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
+    for override in overrides:
+        if words and words[0] in override.split("."):
+            hint = re.search(r'mean "(\w+)"', str(error))
+            hint = f"; did you mean {hint[1]!r}?" if hint else ""
+            return f"{override}: the config has no key {words[0]!r}{hint}"
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if "Traceback" in text:  # absl wraps what a config file raised, trace and all
+        text = text.strip().splitlines()[-1]
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -19,6 +19,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -73,23 +74,29 @@ def rounding_box(
                 "the projection attack needs range_method absmax or minmax, got 'mse'"
             )
         own = layers_lib.get_in(params, layer.path)
-        kernel = own["kernel"]
-        grid = quantization.calibrate(kernel, spec)
-        codes = quantization.quantize(kernel, grid, spec)
-        center = quantization.dequantize(codes, grid)
-        reach = grid.scale * (0.5 - cell_margin)
-        axes = tuple(range(kernel.ndim - 1)) if spec.channel_axis is not None else None
-        least = jnp.min(kernel, axis=axes, keepdims=True)
-        most = jnp.max(kernel, axis=axes, keepdims=True)
-        if spec.symmetric or spec.range_method == "absmax":
-            most = jnp.maximum(-least, most)
-            least = -most
-        pinned = (kernel <= least) | (kernel >= most)
-        kernel_low = jnp.where(pinned, kernel, jnp.maximum(center - reach, least))
-        kernel_high = jnp.where(pinned, kernel, jnp.minimum(center + reach, most))
-        low = layers_lib.set_in(low, layer.path, {**own, "kernel": kernel_low})
-        high = layers_lib.set_in(high, layer.path, {**own, "kernel": kernel_high})
+        bounds = _kernel_box(spec, cell_margin, own["kernel"])
+        low = layers_lib.set_in(low, layer.path, {**own, "kernel": bounds.low})
+        high = layers_lib.set_in(high, layer.path, {**own, "kernel": bounds.high})
     return Box(low, high)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _kernel_box(spec, cell_margin, kernel) -> Box:
+    grid = quantization.calibrate(kernel, spec)
+    codes = quantization.quantize(kernel, grid, spec)
+    center = quantization.dequantize(codes, grid)
+    reach = grid.scale * (0.5 - cell_margin)
+    axes = None if spec.channel_axis is None else tuple(range(kernel.ndim - 1))
+    least = jnp.min(kernel, axis=axes, keepdims=True)
+    most = jnp.max(kernel, axis=axes, keepdims=True)
+    if spec.symmetric or spec.range_method == "absmax":
+        most = jnp.maximum(-least, most)
+        least = -most
+    pinned = (kernel <= least) | (kernel >= most)
+    return Box(
+        jnp.where(pinned, kernel, jnp.maximum(center - reach, least)),
+        jnp.where(pinned, kernel, jnp.minimum(center + reach, most)),
+    )
 
 
 def project(params: Any, box: Box) -> Any:

@@ -6,7 +6,6 @@ Images are float in [0, 1], ``[B, H, W, C]``; letters as in `nad_jax.core.shapes
 functions that draw a trigger are run once, outside of `jit`.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -200,7 +199,8 @@ def sinusoid_trigger(
       image_shape: ``(H, W, C)``.
       amplitude: Height of the wave, in [0, 1]; the usual ones are 20 / 255 and
         40 / 255.
-      frequency: Periods across the image, above 0; 6 is the usual one.
+      frequency: Periods across the image, above 0 and below W / 2; 6 is the usual
+        one. (With exactly W / 2 all columns would fall on zeros of the wave.)
 
     Raises:
       InputError: For an amplitude or a frequency out of range.
@@ -211,8 +211,11 @@ def sinusoid_trigger(
     """
     height, width, channels = _check_image_shape(image_shape)
     _check_fraction("amplitude", amplitude)
-    if not 0 < frequency < math.inf:
-        raise errors.InputError(f"frequency must be finite and above 0: {frequency}")
+    if not 0 < frequency < width / 2:
+        raise errors.InputError(
+            f"frequency must be above 0 and below half the width, {width / 2:g}, "
+            f"got {frequency}"
+        )
     wave = amplitude * np.sin(2 * np.pi * np.arange(width) * frequency / width)
     offset = np.broadcast_to(wave[None, :, None], (height, width, channels))
     return Trigger(

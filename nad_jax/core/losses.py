@@ -3,11 +3,11 @@
 
 NAD compares attention maps and gives one value per example, ``[B]``. Of EFRAP's three
 terms the one about activations does, too; the two about a layer's weights are scalars.
-The reference implementations weight EFRAP's terms by 1, 1 and 0.01::
+The public code weights EFRAP's terms by 1, 1 and 0.01::
 
     total = mean(activation_preservation_loss(...))    # L_A
           + 1 * flip_loss(...)                         # L_F
-          + 0.01 * binarization_penalty(...)           # L_P, called L_P or L_Pen
+          + 0.01 * binarization_penalty(...)           # L_P
 
 Weighting, masking and averaging over the batch are left to the caller. Differences and
 sums are computed in float32 (float64 for float64 inputs), which is also what comes

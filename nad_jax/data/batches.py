@@ -119,23 +119,23 @@ def augment(
     if images.ndim != 4:
         raise errors.InputError(f"images must be [B, H, W, C], not {images.shape}")
     batch, height, width, _ = images.shape
-    crop_key, flip_key, hole_key = jax.random.split(key, 3)
     row, column = jnp.arange(height)[None], jnp.arange(width)[None]  # [1, H], [1, W]
+    # One draw for all five choices; each is [B, 1].
+    chances = jnp.split(jax.random.uniform(key, (batch, 5)), 5, axis=1)
+    crop_row, crop_column, mirror, hole_row, hole_column = chances
 
     # Where each pixel of the result comes from; outside of the image means padding.
-    shift = jax.random.randint(crop_key, (batch, 2), -pad, pad + 1)
-    from_row, from_column = row + shift[:, :1], column + shift[:, 1:]
+    from_row = row + _integer_below(2 * pad + 1, crop_row) - pad
+    from_column = column + _integer_below(2 * pad + 1, crop_column) - pad
     if flip:
-        is_flipped = jax.random.bernoulli(flip_key, shape=(batch, 1))
-        from_column = jnp.where(is_flipped, from_column[:, ::-1], from_column)
+        from_column = jnp.where(mirror < 0.5, from_column[:, ::-1], from_column)
     visible = _cross(
         (from_row >= 0) & (from_row < height),
         (from_column >= 0) & (from_column < width),
     )
     if cutout:
-        size = jnp.array([height, width])
-        first = jax.random.randint(hole_key, (batch, 2), 0, size) - cutout // 2
-        top, left = first[:, :1], first[:, 1:]
+        top = _integer_below(height, hole_row) - cutout // 2
+        left = _integer_below(width, hole_column) - cutout // 2
         visible &= ~_cross(
             (row >= top) & (row < top + cutout),
             (column >= left) & (column < left + cutout),
@@ -196,6 +196,11 @@ def _interleave_classes(labels: jax.Array) -> jax.Array:
     place = (rank.astype(jnp.float32) + 0.5) / (last - first).astype(jnp.float32)
     unsorted = jnp.zeros_like(place).at[by_class].set(place)
     return jnp.argsort(unsorted, stable=True)
+
+
+def _integer_below(bound: int, chance: jax.Array) -> jax.Array:
+    """0 .. bound - 1, evenly, from uniform numbers in [0, 1)."""
+    return jnp.floor(chance * bound).astype(jnp.int32)
 
 
 def _cross(rows: jax.Array, columns: jax.Array) -> jax.Array:

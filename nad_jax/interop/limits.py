@@ -11,7 +11,7 @@ settings: a file beyond a bound is refused, and the message names the bound.
 MAX_FILE_BYTES = 4 * 2**30
 
 # Arrays in one file, model entry or not, and axes of one array.
-MAX_TENSORS = 100_000
+MAX_TENSORS = 50_000
 MAX_AXES = 16
 
 # Elements of one array, zero-length axes counted as one: an empty array must not
@@ -29,7 +29,7 @@ MAX_NAME_CHARS = 512
 # string four bytes a character.
 MAX_PICKLE_BYTES = 32 * 2**20
 MAX_PICKLE_OPCODES = 800_000
-MAX_PICKLE_CONTAINERS = 500_000
+MAX_PICKLE_CONTAINERS = 250_000
 MAX_PICKLE_TEXT_BYTES = 48 * 2**20
 # Module or attribute name of a pickle's GLOBAL.
 MAX_GLOBAL_CHARS = 256
@@ -37,11 +37,11 @@ MAX_GLOBAL_CHARS = 256
 MAX_PICKLE_INT_BYTES = 10
 
 # Header of a safetensors file. The format allows 100 MB; MAX_TENSORS entries with
-# names of 60 characters need 15 MB, and parsed JSON is up to 24 times its text.
+# names of 200 characters need 15 MB, and parsed JSON is up to 24 times its text.
 MAX_HEADER_BYTES = 16 * 2**20
 
 # Values (numbers, texts, containers, arrays) in one msgpack file.
-MAX_MSGPACK_VALUES = 500_000
+MAX_MSGPACK_VALUES = 300_000
 
 # A strided view may repeat elements (a broadcast buffer), up to this many elements or
 # the size of its storage, whichever is more.

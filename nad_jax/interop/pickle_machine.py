@@ -17,7 +17,7 @@ sets (216 bytes of memory per byte of file), POP and DUP (no writer needs them h
 
 import pickletools
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nad_jax.interop import bounded_file, limits
@@ -319,40 +319,53 @@ def fill_mapping(target: dict, values: list[object]) -> None:
         target[key] = value
 
 
+class _Visit:
+    """A container on the way down, and how high the part seen so far is."""
+
+    __slots__ = ("node", "parts", "height")
+
+    def __init__(self, node: object) -> None:
+        self.node = node
+        self.parts = _containers_in(node)
+        self.height = 1
+
+
 def _check_nesting(value: object) -> None:
     """Refuses containers that are too deep, too many, or contain themselves."""
     # Depth first with an explicit stack. A container met again is not walked again, so
     # that a few shared lists cannot stand for a tree of billions.
     heights: dict[int, int] = {}
-    open_containers: set[int] = set()
-    todo: list[tuple[object, bool]] = [(value, False)]
-    while todo:
-        node, leaving = todo.pop()
-        if leaving:
-            inner = max(
-                (heights.get(id(child), 0) for child in _parts(node)), default=0
-            )
-            heights[id(node)] = inner + 1
-            open_containers.discard(id(node))
-            if inner >= limits.MAX_DEPTH:
-                raise Refusal(f"containers nested deeper than {limits.MAX_DEPTH}")
-        elif id(node) in open_containers:
-            raise Refusal("a container that contains itself")
-        elif id(node) not in heights:
-            open_containers.add(id(node))
-            if len(heights) + len(open_containers) > limits.MAX_PICKLE_CONTAINERS:
-                raise Refusal(f"more than {limits.MAX_PICKLE_CONTAINERS} containers")
-            todo.append((node, True))
-            todo.extend((child, False) for child in _parts(node))
+    path = [_Visit(value)]
+    on_path = {id(value)}
+    while path:
+        visit = path[-1]
+        for part in visit.parts:
+            if id(part) in on_path:
+                raise Refusal("a container that contains itself")
+            if id(part) not in heights:
+                path.append(_Visit(part))
+                on_path.add(id(part))
+                break
+            visit.height = max(visit.height, heights[id(part)] + 1)
+        else:
+            path.pop()
+            on_path.discard(id(visit.node))
+            heights[id(visit.node)] = visit.height
+            if path:
+                path[-1].height = max(path[-1].height, visit.height + 1)
+        if max(visit.height, len(path)) > limits.MAX_DEPTH:
+            raise Refusal(f"containers nested deeper than {limits.MAX_DEPTH}")
+        if len(heights) > limits.MAX_PICKLE_CONTAINERS:
+            raise Refusal(f"more than {limits.MAX_PICKLE_CONTAINERS} containers")
 
 
-def _parts(node: object) -> list[object]:
+def _containers_in(node: object) -> Iterator[object]:
     """The containers directly inside `node` that hold something themselves."""
     if isinstance(node, dict):
         node = node.values()
     elif not isinstance(node, (list, tuple)):
-        return []
-    return [part for part in node if isinstance(part, (dict, list, tuple)) and part]
+        node = ()
+    return (part for part in node if isinstance(part, (dict, list, tuple)) and part)
 
 
 def _opcode_name(opcode: int) -> str:

@@ -33,6 +33,7 @@ MODELS: dict[str, str] = {
     "wrn_28_10": "nad_jax.models.wide_resnet:wrn",
     "wrn_40_1": "nad_jax.models.wide_resnet:wrn",
     "wrn_40_2": "nad_jax.models.wide_resnet:wrn",
+    "resnet_8": "nad_jax.models.resnet:resnet",
     "resnet_14": "nad_jax.models.resnet:resnet",
     "resnet_20": "nad_jax.models.resnet:resnet",
     "resnet_32": "nad_jax.models.resnet:resnet",

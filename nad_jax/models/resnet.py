@@ -36,6 +36,7 @@ from nad_jax.models import common
 
 # depth -> (blocks per stage, channels per stage)
 _LAYOUTS = {
+    8: ((1, 1, 1), (16, 32, 64)),
     14: ((2, 2, 2), (16, 32, 64)),
     20: ((3, 3, 3), (16, 32, 64)),
     32: ((5, 5, 5), (16, 32, 64)),

@@ -52,18 +52,17 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, dim = x.shape
+        head_dim = dim // self.heads
         dense = functools.partial(common.dense, dtype=self.dtype)
 
         def split_heads(tokens: jax.Array) -> jax.Array:
-            return tokens.reshape(batch, height * width, self.heads, dim // self.heads)
+            return tokens.reshape(batch, height * width, self.heads, head_dim)
 
         y = nn.LayerNorm(dtype=self.dtype, name="norm1")(x)
         query = split_heads(dense(dim, name="query")(y))
         key = split_heads(dense(dim, name="key")(y))
         value = split_heads(dense(dim, name="value")(y))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(
-            dim // self.heads
-        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(head_dim)
         # Softmax in float32: bfloat16 has too few digits for a sum over many tokens.
         weights = nn.softmax(scores.astype(jnp.float32)).astype(value.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)

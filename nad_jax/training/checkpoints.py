@@ -15,8 +15,10 @@ directory.
 
 import contextlib
 import logging
+import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,7 +52,7 @@ def save(
         tree: pytree of arrays, typed keys among them.
         metadata: what JSON can hold.
         score: larger is better; the best step is kept besides the newest.
-        keep_newest: how many of the newest steps to keep, at least 1.
+        keep_newest: how many of the newest intact steps to keep, at least 1.
 
     Raises:
         InputError: a leaf is not an array, the metadata are not JSON, or the directory
@@ -58,9 +60,12 @@ def save(
     """
     import orbax.checkpoint as ocp
 
-    if keep_newest < 1:
-        raise errors.InputError(f"keep_newest must be at least 1, got {keep_newest}")
-    root = pathlib.Path(directory).absolute()
+    if step < 0 or keep_newest < 1:
+        raise errors.InputError(
+            f"step must be at least 0 and keep_newest at least 1, got {step} and "
+            f"{keep_newest}"
+        )
+    root = _local(directory)
     leaves = records.name_leaves(tree)
     contents = {name: records.to_bytes(leaf) for name, leaf in leaves.items()}
     record = records.seal(leaves, contents, step, score, metadata)
@@ -68,10 +73,10 @@ def save(
     if not content.size:
         raise errors.InputError(f"there is nothing to save in step {step}")
     _make_room(root, step, tree)
-    # The step that scored best, and the newest: `max_to_keep` with Orbax's `best_fn`
-    # would delete the newest, and its own metrics file would not survive damage.
-    best = _best([*_scores(root), (step, score)])
-    keep = {*[*steps(root), step][-keep_newest:], best}
+    # Ours, since Orbax's `best_fn` with `max_to_keep` deletes the newest step, and its
+    # metrics files do not survive damage.
+    scores = [*_scores(root), (step, score)]
+    keep = {kept for kept, _ in scores[-keep_newest:]} | {_best(scores)}
     options = ocp.CheckpointManagerOptions(
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
@@ -104,7 +109,7 @@ def restore(directory: DirectoryPath, like: Any) -> tuple[Any, dict[str, Any]]:
             of another model: leaves missing or left over, or of another shape or
             dtype. Nothing is ever cast.
     """
-    root = pathlib.Path(directory).absolute()
+    root = _local(directory)
     damages = []
     for step in reversed(steps(root)):
         try:
@@ -114,22 +119,32 @@ def restore(directory: DirectoryPath, like: Any) -> tuple[Any, dict[str, Any]]:
             _LOGGER.warning("checkpoint %s is damaged: %s", root / str(step), damage)
     if damages:
         raise errors.InputError(
-            f"no undamaged checkpoint in {root} ({'; '.join(damages)})"
+            f"no undamaged checkpoint in {root} ({'; '.join(damages)}); remove it to "
+            "begin afresh"
         )
     raise errors.InputError(f"no checkpoint in {root}")
 
 
 def steps(directory: DirectoryPath) -> list[int]:
     """Steps on disk, ascending; [] if there is no such directory."""
-    root = pathlib.Path(directory)
+    root = _local(directory)
     if not root.is_dir():
         return []
-    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdigit())
+    names = (entry.name for entry in root.iterdir())
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def best_step(directory: DirectoryPath) -> int | None:
     """Step with the largest score, the newest of equal ones; None without scores."""
-    return _best(_scores(pathlib.Path(directory).absolute()))
+    return _best(_scores(_local(directory)))
+
+
+def _local(directory: DirectoryPath) -> pathlib.Path:
+    if "://" in os.fspath(directory):
+        raise errors.InputError(
+            f"checkpoints need a local or mounted directory, got {directory}"
+        )
+    return pathlib.Path(directory).absolute()
 
 
 class _KeepSteps:
@@ -144,7 +159,11 @@ class _KeepSteps:
 
 
 def _best(scores: list[tuple[int, float | None]]) -> int | None:
-    ranked = [(score, step) for step, score in scores if score is not None]
+    ranked = [
+        (score, step)
+        for step, score in scores
+        if score is not None and math.isfinite(score)
+    ]
     return max(ranked)[1] if ranked else None
 
 

@@ -60,8 +60,8 @@ def seal(
     """
     record = {
         "format": _FORMAT,
-        "step": step,
-        "score": score,
+        "step": int(step),
+        "score": None if score is None else float(score),
         "metadata": dict(metadata or {}),
         "leaves": {
             name: _describe(leaf) | {"sha256": _sha256(contents[name])}
@@ -92,6 +92,8 @@ def open_sealed(sealed: Any, step: int) -> dict[str, Any]:
         raise errors.InputError(
             f"checkpoint format is {record.get('format')}; this version reads {_FORMAT}"
         )
+    if not _is_complete(record):
+        raise DamagedStep("its record is incomplete")
     if record["step"] != step:
         raise DamagedStep(f"its record is that of step {record['step']}")
     return record
@@ -148,6 +150,21 @@ def from_bytes(content: bytes, like: Any) -> Any:
         if jax.eval_shape(make_key).dtype == like.dtype:
             return jax.random.wrap_key_data(jnp.asarray(array), impl=name)
     raise errors.InputError(f"keys of dtype {like.dtype} cannot be restored")
+
+
+def _is_complete(record: Mapping[str, Any]) -> bool:
+    """Whether all that will be looked up is there; the hash is easy to forge."""
+    leaves = record.get("leaves")
+    return (
+        isinstance(record.get("step"), int)
+        and isinstance(record.get("score", ""), float | int | None)
+        and isinstance(record.get("metadata"), dict)
+        and isinstance(leaves, dict)
+        and all(
+            isinstance(leaf, dict) and {"dtype", "shape", "sha256"} <= leaf.keys()
+            for leaf in leaves.values()
+        )
+    )
 
 
 def _hash_record(record: Mapping[str, Any]) -> str:

@@ -63,8 +63,6 @@ def create(
 
 def variables(state: TrainState) -> dict[str, Any]:
     """Flax variables of the state, ready for `model.apply`."""
-    if not state.batch_stats:
-        return {"params": state.params}
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 

@@ -18,10 +18,8 @@ SQUARE = triggers.square_trigger(SHAPE, size=2, margin=1)
 WAVE = triggers.sinusoid_trigger(SHAPE, amplitude=0.1, frequency=2)
 
 
-def random_images(count=len(LABELS), seed=0):
-    return np.random.default_rng(seed).integers(
-        0, 256, (count, *SHAPE), dtype=np.uint8, endpoint=False
-    )
+def random_images(count=200, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
 
 
 def choose(rate, mode="all_to_one", key=KEY, target_label=2):

@@ -151,7 +151,9 @@ def opcodes(value: object, *, legacy: bool = True) -> bytes:
         pairs = [(k, Raw(opcodes(v, legacy=legacy))) for k, v in value.items.items()]
         body = mapping(pairs, EMPTY_ORDERED)
         version = Ordered({"": {"version": 1}})
-        return body + (opcodes({"_metadata": version}) + b"b" if value.metadata else b"")
+        return body + (
+            opcodes({"_metadata": version}) + b"b" if value.metadata else b""
+        )
     if isinstance(value, dict):
         return mapping((k, Raw(opcodes(v, legacy=legacy))) for k, v in value.items())
     if isinstance(value, list):

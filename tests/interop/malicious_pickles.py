@@ -201,7 +201,9 @@ def _buffer(path: str) -> bytes:
 
 
 def _out_of_band(path: str) -> bytes:
-    return framed(b"\x97\x98" + stack_global("os", "system") + short(path) + b"\x85R", 5)
+    return framed(
+        b"\x97\x98" + stack_global("os", "system") + short(path) + b"\x85R", 5
+    )
 
 
 def _new_object_ex(path: str) -> bytes:
@@ -274,7 +276,9 @@ ATTACKS = [
         lambda path: call4("collections", "_sys.modules.get", "os"),
         live=False,
     ),
-    Attack("name through torch", called("torch", "_utils.os.system", shell), live=False),
+    Attack(
+        "name through torch", called("torch", "_utils.os.system", shell), live=False
+    ),
     Attack(
         "allowed name split elsewhere",
         called("torch", "_utils._rebuild_tensor_v2", shell),
@@ -327,6 +331,8 @@ ATTACKS = [
     ),
     Attack(
         "protocol 5",
-        lambda path: framed(stack_global("os", "system") + short(shell(path)) + b"\x85R", 5),
+        lambda path: framed(
+            stack_global("os", "system") + short(shell(path)) + b"\x85R", 5
+        ),
     ),
 ]

@@ -4,6 +4,9 @@
 import json
 import logging
 import os
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +78,7 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    scores = [0.1, 0.9, 0.2, None, 0.3]
+    scores = [0.1, np.float32(0.9), 0.2, float("nan"), None]
     for step, score in enumerate(scores):
         checkpoints.save(tmp_path, step, small_tree(step), score=score)
         assert checkpoints.steps(tmp_path)[-1] == step
@@ -171,6 +174,60 @@ def test_no_flipped_bit_or_cut_anywhere_gives_other_values(two_steps, caplog):
     assert noticed > 10
 
 
+@pytest.mark.parametrize(
+    "forged", [[], {}, {"leaves": 3}, {"leaves": {"kernel": 3}}, {"score": "x"}]
+)
+def test_a_forged_record_with_a_right_hash_is_damage(two_steps, caplog, forged):
+    path = two_steps / "2" / "record" / "metadata"
+    if isinstance(forged, dict):
+        honest = json.loads(path.read_text())
+        del honest["sha256"]
+        record = honest | forged if forged else {"format": 1}
+        forged = record | {"sha256": records._hash_record(record)}
+    path.write_text(json.dumps(forged))
+    assert_falls_back_to_step_1(two_steps, caplog)
+
+
+def test_a_record_of_a_later_format_is_an_error_that_says_so(two_steps):
+    path = two_steps / "2" / "record" / "metadata"
+    record = json.loads(path.read_text()) | {"format": 2}
+    del record["sha256"]
+    path.write_text(json.dumps(record | {"sha256": records._hash_record(record)}))
+    with pytest.raises(errors.InputError, match="format is 2; this version reads 1"):
+        checkpoints.restore(two_steps, small_tree())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.11])
+def test_a_killed_writer_loses_no_committed_step(tmp_path, delay):
+    """kill -9 while steps are written: the last one reported, or a later, is there."""
+    script = (
+        "import sys, numpy as np\n"
+        "from nad_jax.training import checkpoints\n"
+        "for step in range(1000):\n"
+        "    tree = {'values': np.full(300_000, step, np.int32)}\n"
+        "    checkpoints.save(sys.argv[1], step, tree, score=-step)\n"
+        "    print(step, flush=True)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    with writer:
+        assert writer.stdout is not None
+        for _ in range(3):
+            reported = int(writer.stdout.readline())
+        time.sleep(delay)
+        writer.kill()
+        for line in writer.stdout:
+            reported = int(line)
+    like = {"values": np.zeros(300_000, np.int32)}
+    values = checkpoints.restore(tmp_path, like)[0]["values"]
+    last = int(values[0])
+    assert last >= reported and np.all(values == last)
+    checkpoints.save(tmp_path, last + 1, like)
+    assert sorted(map(int, os.listdir(tmp_path))) == [0, last, last + 1]
+
+
 def test_training_goes_on_after_a_damaged_step(two_steps):
     """The damaged step may be written again; a good one may not be overwritten."""
     path = data_file(two_steps, 2)
@@ -244,8 +301,10 @@ def test_misuse_is_one_line(tmp_path):
         checkpoints.save(tmp_path, 0, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
     with pytest.raises(errors.InputError, match="nothing to save"):
         checkpoints.save(tmp_path, 0, {})
-    with pytest.raises(errors.InputError, match="keep_newest .* got 0"):
+    with pytest.raises(errors.InputError, match="at least 1, got 0 and 0"):
         checkpoints.save(tmp_path, 0, small_tree(), keep_newest=0)
+    with pytest.raises(errors.InputError, match="local .* got gs://bucket/run"):
+        checkpoints.restore("gs://bucket/run", small_tree())
     checkpoints.save(tmp_path, 0, small_tree())
     data_file(tmp_path, 0).write_bytes(b"")
     with pytest.raises(errors.InputError, match=r"no undamaged .*\(step 0: "):

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that are the ones given, with words for who cannot see them."""
+
+import base64
+import io
+
+import numpy as np
+import sample_page as sample
+
+from nad_jax.report import html as page
+
+
+def test_pictures_hold_exactly_the_pixels_they_were_given():
+    from PIL import Image
+
+    figures = sample.figures()
+    sources = [
+        a["src"]
+        for a in sample.Reader(page.render(sample.report(), figures)).all("img")
+    ]
+    assert figures.clean_samples is not None and figures.triggered_samples is not None
+    expected = [figures.trigger]
+    for pair in zip(figures.clean_samples, figures.triggered_samples, strict=True):
+        expected += pair
+    for source, image in zip(sources, expected, strict=False):
+        data = base64.b64decode(source.split(",")[1])
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+    # Two attention rows: an image each, two maps and one.
+    assert len(sources) == len(expected) + 5
+
+
+def test_the_strongest_place_of_a_map_is_named():
+    maps = {"stage1": np.zeros((4, 4))}
+    maps["stage1"][2, 1] = 1.0
+    image = np.zeros((8, 8, 3), np.uint8)
+    figures = page.Figures(attention=(("Float", image, maps),))
+    alts = [
+        a["alt"]
+        for a in sample.Reader(page.render(sample.report(), figures)).all("img")
+    ]
+    assert any("strongest at row 3, column 2" in alt for alt in alts)
