@@ -16,6 +16,7 @@ rounding, stochastic rounding, and pure reconstruction (flip weight 0).
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -23,12 +24,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.title = "Digits: a backdoor that wakes at W4"
     config.seeds = (0,)
-    config.victim_workdir = ml_collections.config_dict.placeholder(str)
+    config.victim_workdir = config_dict.placeholder(str)
 
     config.data = _section(
         # Shipped inside scikit-learn: 1,297 training and 500 test images.
         name="digits",
-        data_dir=ml_collections.config_dict.placeholder(str),
+        data_dir=config_dict.placeholder(str),
         image_size=16,
     )
     # 3 stages x 2 basic blocks, 16/32/64 channels, 175 k weights.
@@ -46,7 +47,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.defense = _section(
         weight_bits=4,
-        act_bits=ml_collections.config_dict.placeholder(int),
+        act_bits=config_dict.placeholder(int),
         grid=_grid(),
         fold_batch_norm=False,
         roundings=("nearest", "stochastic", "reconstruction", "efrap"),
@@ -88,7 +89,7 @@ def _make_smoke(config):
 def _make_cifar10(config):
     config.title = "CIFAR-10: a backdoor that wakes at W4"
     config.data.name = "cifar10"
-    config.data.image_size = ml_collections.config_dict.placeholder(int)
+    config.data.image_size = config_dict.placeholder(int)
     config.attack.trigger.size = 5
     config.victim.update(
         epochs=8,
@@ -117,7 +118,7 @@ def _grid():
         symmetric=True,
         per_channel=True,
         range_method="absmax",
-        first_last_bits=ml_collections.config_dict.placeholder(int),
+        first_last_bits=config_dict.placeholder(int),
     )
 
 

@@ -72,8 +72,8 @@ __all__ = [
     "rounding_logits",
     "soft_rounding",
     "stochastic_rounding",
-    *_LAZY,
 ]
+__all__ += list(_LAZY)
 
 
 def __getattr__(name: str):

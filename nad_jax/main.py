@@ -71,7 +71,9 @@ def _parse(argv: Sequence[str]) -> tuple[settings.ExperimentSettings, str]:
         raise errors.InputError(
             f"--config is missing; for example --config=configs/{_shipped_names()[0]}"
         )
-    name = pathlib.Path(values["config"].config_filename.split(":")[0]).stem
+    name = pathlib.Path(
+        config_flags.get_config_filename(values["config"]).split(":")[0]
+    ).stem
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     typed = settings.from_mapping(settings.ExperimentSettings, config.value.to_dict())
     return typed, workdir.value or f"runs/{name}-{stamp}"

@@ -37,7 +37,7 @@ def attention_map(
     Args:
       features: Output of one stage, ``[B, H, W, C]``, floating point, with more than
         one position (the normalised map of a 1x1 stage is constant).
-      p: Power, above 0; the paper and the public code use 2.
+      p: Power, above 0; the public code uses 2.
       reduction: ``"sum"`` or ``"mean"``, over channels.
       eps: Floor of the norm, in units of the map of features divided by ``m``;
         at least 1e-18, so that its square exists in float32.

@@ -30,15 +30,15 @@ def attention_distance(
     """Mean squared difference of two attention maps, one value per example.
 
     ``mean over h, w of (map(student) - map(teacher)) ** 2``, with `attention_map` of
-    unit norm. The mean over the batch is the public code's value; the paper writes the
-    norm ``sqrt(H * W * distance)`` instead. The code is followed because the published
-    betas (500, 1000, 1000) belong to it. Never above ``2 / (H * W)``.
+    unit norm. The mean over the batch is the public code's value; the paper's equation
+    is usually quoted with the norm, ``sqrt(H * W * distance)``. The code is followed
+    because the published betas (500, 1000, 1000) belong to it.
 
     Args:
       student: Features of the student, ``[B, H, W, C]``.
       teacher: Features of the teacher, ``[B, H, W, D]``; only the number of channels
         may differ, since maps have none.
-      p: Power of the attention map; the paper uses 2.
+      p: Power of the attention map; the public code uses 2.
       reduction: ``"sum"`` or ``"mean"`` over channels; see `attention_map`.
 
     Returns:
@@ -91,7 +91,7 @@ def nad_loss(
         beta; the public code uses 500, 1000, 1000 for three stages of a WRN-16-1).
         Plain numbers, not negative. See `convert_betas` for the other unit. A stage
         with beta 0 is not computed; all 0 is the fine-tuning control.
-      p: Power of the attention map; the paper uses 2.
+      p: Power of the attention map; the public code uses 2.
       reduction: ``"sum"`` or ``"mean"`` over channels; see `attention_map`.
 
     Returns:

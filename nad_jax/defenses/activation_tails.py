@@ -61,7 +61,7 @@ def find_tails(
     closed = jax.make_jaxpr(forward)(images)
     names = {layer.name for layer in layers}
     depends = _image_dependent(closed.jaxpr)
-    tails = {name: _identity for name in names}
+    tails: dict[str, Tail] = dict.fromkeys(names, _identity)
     for equation in closed.jaxpr.eqns:
         name = equation.params.get("name")
         if equation.primitive.name == "name" and name in names:

@@ -134,6 +134,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise Refusal(f"a number of {len(digits)} digits in the header")
+    # Also -0, which some readers take for 0 and some for an error.
+    if digits.startswith("-"):
+        raise Refusal(f"the negative number {digits} in the header")
     return int(digits)
 
 
@@ -146,6 +149,10 @@ def _checked_metadata(metadata: object) -> dict[str, str]:
         isinstance(value, str) for value in metadata.values()
     ):
         raise Refusal("metadata that is not a mapping of texts")
+    try:
+        "".join(part for pair in metadata.items() for part in pair).encode()
+    except UnicodeEncodeError:
+        raise Refusal("metadata with half a surrogate pair") from None
     return metadata
 
 
@@ -198,7 +205,7 @@ def _array(
     sizes = stored_array.checked_shape(shape)
     start, end = offsets
     declared = math.prod(sizes) * dtype.itemsize
-    if not 0 <= start <= end or end - start != declared:
+    if end - start != declared:
         raise Refusal(
             f"data_offsets [{start}, {end}] for {code} {list(sizes)}, which needs "
             f"{declared} bytes"

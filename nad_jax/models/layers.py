@@ -333,6 +333,7 @@ def _padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     elif padding == "CAUSAL":
         pairs = [(r, 0) for r in reach]
     else:
+        assert not isinstance(padding, str), padding
         pairs = list(padding)
     return jnp.pad(inputs, [(0, 0), *pairs, (0, 0)], mode=mode)
 

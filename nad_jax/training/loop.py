@@ -24,6 +24,9 @@ from nad_jax.training import state as state_lib
 MakeBatch = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], steps.Batch]
 OnEpoch = Callable[[state_lib.TrainState, dict[str, float]], None]
 
+# How many programs the host may have started and not yet seen finished.
+_PROGRAMS_AHEAD = 3
+
 
 class TrainingDiverged(errors.InputError):
     """The loss stopped being a number; the settings, not the program, are at fault."""
@@ -106,6 +109,8 @@ def fit(
                 )
             state, metrics = run_steps(state, order, images, labels, count=count)
             history.append(metrics)
+            # Keeps the device busy, and a stop from waiting for dozens of programs.
+            jax.block_until_ready(history[-_PROGRAMS_AHEAD:][0])
         state = state.replace(epoch=state.epoch + 1)
         means = _epoch_means(history, epoch, first_step=epoch * steps_per_epoch)
         if on_epoch is not None:

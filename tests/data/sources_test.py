@@ -48,6 +48,9 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return message
 
 
+PICTURE = pictures.encode_png(random_images(1)[0]).read()
+
+
 # --- Dataset ---
 
 
@@ -248,11 +251,12 @@ def test_folder_resizes_only_when_asked(tmp_path):
     ("name", "content"),
     [
         ("class0/.DS_Store", b""),
-        (".git/x.png", b""),
+        ("class0/.hidden.png", PICTURE),
+        (".git/x.png", PICTURE),
         ("README.txt", b"hello"),
         ("class0/notes.txt", b"hello"),
-        ("class0/deeper/x.png", b""),
-        ("class0/cut.png", pictures.encode_png(random_images(1)[0]).read()[:-60]),
+        ("class0/deeper/x.png", PICTURE),
+        ("class0/cut.png", PICTURE[:-60]),
     ],
 )
 def test_folder_names_what_is_not_a_picture(tmp_path, name, content):
@@ -377,13 +381,17 @@ def test_npz_refuses_what_does_not_fit(tmp_path, change, printed):
 
 
 def test_npz_header_that_lies_about_its_size_claims_no_memory(tmp_path):
-    for images in ((10**9, 100, 100, 3), (40, 8, 8, 3)):
+    for images, printed in (
+        ((10**9, 100, 100, 3), "accepted up to"),
+        ((40, 8, 8, 3), "the file holds 100"),
+        ((1, 1, 1, 3), "the file holds 100"),
+    ):
         stream = io.BytesIO()
         header = {"descr": "|u1", "fortran_order": False, "shape": images}
         np.lib.format.write_array_header_1_0(stream, header)
         with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
             archive.writestr("images.npy", stream.getvalue() + b"\0" * 100)
-        with pytest.raises(errors.InputError, match="bytes"):
+        with pytest.raises(errors.InputError, match=printed):
             sources.load("npz", split="train", data_dir=tmp_path / "x.npz")
 
 

@@ -439,12 +439,17 @@ def checkpoint(model: Sample) -> dict:
     """A training checkpoint around the model, as the authors of NAD save it."""
     moment = Tensor("0", "float32", 12, (12,), (1,))
     group = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "params": [1, 2]}
+    # What pickling numpy.float64(85.5) leaves behind.
+    dtype = Raw(reduce(global_("numpy", "dtype"), "f8", False, True) + b"}b")
+    raw = reduce(global_("_codecs", "encode"), "\x00`U@", "latin1")
+    score = reduce(global_("numpy.core.multiarray", "scalar"), dtype, raw)
     optimizer = {"state": {1: {"buffer": moment}}, "param_groups": [group]}
     return {
         "epoch": 25,
         "arch": "wrn_16_1",
         "state_dict": Ordered(dict(model.tensors), metadata=True),
         "best_prec": 85.5,
+        "best_score": score,
         "optimizer": optimizer,
     }
 

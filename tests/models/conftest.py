@@ -65,7 +65,10 @@ def oracle():
 
 @pytest.fixture(scope="session")
 def trained_looking():
-    """Replaces fresh variables by random ones: no scale, bias or mean stays idle."""
+    """Replaces fresh variables by random ones: no scale, bias or mean stays idle.
+
+    The leaves are NumPy's, so that the oracle does not fall into JAX's float32.
+    """
 
     def randomise(variables):
         generator = np.random.default_rng(0)
@@ -76,7 +79,7 @@ def trained_looking():
             elif path[-1].key in ("bias", "mean", "position_embedding"):
                 values = generator.normal(0.0, 0.3, leaf.shape)
             else:
-                values = generator.normal(0.0, 1.0, leaf.shape) * np.std(leaf)
+                values = generator.normal(0.0, np.asarray(leaf).std(), leaf.shape)
             return values.astype(np.float32)
 
         return jax.tree_util.tree_map_with_path(draw, variables)

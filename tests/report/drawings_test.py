@@ -10,13 +10,13 @@ from nad_jax.report import html as page
 
 
 def test_bars_are_as_long_as_their_shares():
-    rows = [sample.row("nearest", 0.25, 0.75)]
-    drawings = sample.drawings(
-        page.render(sample.report(rows=rows, layers=[], seconds={}))
+    rows = [sample.make_row("nearest", 0.25, 0.75)]
+    found = sample.find_drawings(
+        page.render(sample.make_report(rows=rows, layers=[], seconds={}))
     )
     bars = [
         (r.get("class"), r.get("width"))
-        for d in drawings
+        for d in found
         for r in d.iter("rect")
         if (r.get("class") or "").startswith("bar")
     ]

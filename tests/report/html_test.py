@@ -11,19 +11,23 @@ from nad_jax.errors import InputError
 from nad_jax.report import html as page
 
 VARIANTS = {
-    "one seed": (lambda: sample.report(), sample.figures),
-    "three seeds": (lambda: sample.report((0, 1, 2)), sample.figures),
-    "no pictures": (lambda: sample.report(), lambda: None),
-    "grey pictures": (lambda: sample.report(), lambda: sample.figures(channels=1)),
+    "one seed": (lambda: sample.make_report(), sample.make_figures),
+    "three seeds": (lambda: sample.make_report((0, 1, 2)), sample.make_figures),
+    "no pictures": (lambda: sample.make_report(), lambda: None),
+    "grey pictures": (
+        lambda: sample.make_report(),
+        lambda: sample.make_figures(channels=1),
+    ),
     "no trigger": (
-        lambda: sample.report(
-            rows=[sample.row("float", None), sample.row("efrap", None)], layers=[]
+        lambda: sample.make_report(
+            rows=[sample.make_row("float", None), sample.make_row("efrap", None)],
+            layers=[],
         ),
         lambda: None,
     ),
     "one row and nothing else": (
-        lambda: sample.report(
-            rows=[sample.row("mine", 0.5, model="clean")],
+        lambda: sample.make_report(
+            rows=[sample.make_row("mine", 0.5, model="clean")],
             layers=[],
             claims=[],
             notes=[],
@@ -46,7 +50,7 @@ def _text(request):
 
 def test_tags_are_balanced_and_drawings_are_xml(text):
     sample.Reader(text)
-    assert sample.drawings(text)
+    assert sample.find_drawings(text)
 
 
 def test_the_page_loads_nothing(text):
@@ -74,7 +78,7 @@ def test_the_page_forbids_scripts_to_itself(text):
 def test_pictures_and_drawings_have_a_text_instead(text):
     reader = sample.Reader(text)
     assert all(attributes.get("alt") for attributes in reader.all("img"))
-    for drawing in sample.drawings(text):
+    for drawing in sample.find_drawings(text):
         spoken = drawing.get("role") == "img" and drawing.get("aria-label")
         assert spoken or drawing.get("aria-hidden") == "true"
     assert reader.all("html") == [{"lang": "en"}]
@@ -94,10 +98,10 @@ def test_every_string_of_a_report_is_inert():
     """The same elements as with harmless text, and the text is there to be read."""
 
     def build(word):
-        rows = [sample.row(f"{word}{i}", 0.5) for i in range(2)]
+        rows = [sample.make_row(f"{word}{i}", 0.5) for i in range(2)]
         rows[0]["extra"] = {"description": word}
         return page.render(
-            sample.report(
+            sample.make_report(
                 title=word,
                 config={word: {"x": word, "y": [word]}},
                 rows=rows,
@@ -105,12 +109,12 @@ def test_every_string_of_a_report_is_inert():
                 versions={word: word},
                 devices=[word],
                 seconds={word: 1.0},
-                layers=[sample.layer(word, word, 1.0)],
+                layers=[sample.make_layer(word, word, 1.0)],
                 claims=[{"text": word, "passed": True}],
                 notes=[word],
                 command=word,
             ),
-            sample.figures(word),
+            sample.make_figures(word),
         )
 
     harmless, hostile = (
@@ -126,12 +130,12 @@ def test_every_string_of_a_report_is_inert():
     shown = sample.HOSTILE.replace("\x00", "\ufffd").replace("\u202e", "\ufffd")
     shown = " ".join(shown.replace("\ud800", "\ufffd").split())
     assert hostile.text.count(shown) >= 10
-    assert sample.drawings(build(sample.HOSTILE))
+    assert sample.find_drawings(build(sample.HOSTILE))
     build(sample.HOSTILE).encode("utf-8")
 
 
 def test_a_damaged_report_is_refused_before_anything_is_drawn():
-    report = sample.report()
+    report = sample.make_report()
     report["rows"][0]["asr"] = 2.0
     with pytest.raises(InputError, match="asr"):
         page.render(report)

@@ -12,10 +12,10 @@ from nad_jax.report import html as page
 def test_layer_ratios_are_geometric_means_over_seeds():
     """1/2 and 2/1 have the geometric mean 1 (the arithmetic one is 1.25)."""
     layers = [
-        sample.layer("efrap", "stem", 1.0, nearest=2.0, seed=0),
-        sample.layer("efrap", "stem", 2.0, nearest=1.0, seed=1),
+        sample.make_layer("efrap", "stem", 1.0, nearest=2.0, seed=0),
+        sample.make_layer("efrap", "stem", 2.0, nearest=1.0, seed=1),
     ]
-    text = page.render(sample.report((0, 1), layers=layers))
+    text = page.render(sample.make_report((0, 1), layers=layers))
     table = text[text.index('class="numbers"') :]
     assert "<td>1</td>" in table and "<td>50.0</td>" in table
 
@@ -23,20 +23,22 @@ def test_layer_ratios_are_geometric_means_over_seeds():
 @pytest.mark.parametrize("objective", [None, 0.0, 1e-30, 1e30])
 @pytest.mark.parametrize("nearest", [None, 0.0, 1.0])
 def test_odd_objectives_are_drawn_inside_or_not_at_all(objective, nearest):
-    layers = [sample.layer("efrap", "stem", objective, nearest=nearest)]
-    text = page.render(sample.report(layers=layers))
+    layers = [sample.make_layer("efrap", "stem", objective, nearest=nearest)]
+    text = page.render(sample.make_report(layers=layers))
     places = [
         float(mark.get("x", "0%").rstrip("%"))
-        for drawing in sample.drawings(text)
+        for drawing in sample.find_drawings(text)
         for mark in drawing.iter("svg")
     ]
     assert places and all(0 <= place <= 100 for place in places)
 
 
 def test_series_differ_in_shape_and_colour():
-    layers = [sample.layer(f"row {i}", "stem", 1.0) for i in range(8)]
-    layers += [sample.layer(n, "stem", 1.0) for n in ("efrap", "stochastic", "flipped")]
-    text = page.render(sample.report(layers=layers))
+    layers = [sample.make_layer(f"row {i}", "stem", 1.0) for i in range(8)]
+    layers += [
+        sample.make_layer(n, "stem", 1.0) for n in ("efrap", "stochastic", "flipped")
+    ]
+    text = page.render(sample.make_report(layers=layers))
     legend = text[text.index('class="legend"') :]
     marks = re.findall(
         r'<path d="(.*?)" class="(.*?)"', legend[: legend.index("</ul>")]

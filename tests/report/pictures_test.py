@@ -13,10 +13,10 @@ from nad_jax.report import html as page
 def test_pictures_hold_exactly_the_pixels_they_were_given():
     from PIL import Image
 
-    figures = sample.figures()
+    figures = sample.make_figures()
     sources = [
         a["src"]
-        for a in sample.Reader(page.render(sample.report(), figures)).all("img")
+        for a in sample.Reader(page.render(sample.make_report(), figures)).all("img")
     ]
     assert figures.clean_samples is not None and figures.triggered_samples is not None
     expected = [figures.trigger]
@@ -36,6 +36,6 @@ def test_the_strongest_place_of_a_map_is_named():
     figures = page.Figures(attention=(("Float", image, maps),))
     alts = [
         a["alt"]
-        for a in sample.Reader(page.render(sample.report(), figures)).all("img")
+        for a in sample.Reader(page.render(sample.make_report(), figures)).all("img")
     ]
     assert any("strongest at row 3, column 2" in alt for alt in alts)

@@ -13,12 +13,10 @@ from nad_jax.report import schema
 HOSTILE = (
     "<script>alert('x')</script>\" onload=\"alert(1)\x00\u202e\ud800]]>&amp;</style>"
 )
-
-
 VOID = {"meta", "img", "br"}
 
 
-def row(name, asr, acc=0.99, *, seed=0, model="backdoored", **changes):
+def make_row(name, asr, acc=0.99, *, seed=0, model="backdoored", **changes):
     known = asr is not None
     row = {
         "name": name,
@@ -37,7 +35,7 @@ def row(name, asr, acc=0.99, *, seed=0, model="backdoored", **changes):
     return {**row, **changes}
 
 
-def layer(row, layer, objective, *, nearest=2.0, seed=0, **changes):
+def make_layer(row, layer, objective, *, nearest=2.0, seed=0, **changes):
     entry = {
         "seed": seed,
         "row": row,
@@ -51,16 +49,16 @@ def layer(row, layer, objective, *, nearest=2.0, seed=0, **changes):
     return {**entry, **changes}
 
 
-def report(seeds=(0,), **changes):
+def make_report(seeds=(0,), **changes):
     names = (("float", 0.0), ("nearest", 1.0), ("stochastic", 0.02), ("efrap", 0.004))
     rows = [
-        row(name, asr if model == "backdoored" else 0.0, seed=seed, model=model)
+        make_row(name, asr if model == "backdoored" else 0.0, seed=seed, model=model)
         for seed in seeds
         for model in schema.MODELS
         for name, asr in names
     ]
     layers = [
-        layer(row, layer, 1.0, seed=seed)
+        make_layer(row, layer, 1.0, seed=seed)
         for seed in seeds
         for row in ("stochastic", "efrap")
         for layer in ("stem", "head")
@@ -81,7 +79,7 @@ def report(seeds=(0,), **changes):
     return schema.build_report(**{**arguments, **changes})
 
 
-def figures(text="Float", channels=3):
+def make_figures(text="Float", channels=3):
     images = np.arange(2 * 8 * 8 * channels).reshape(2, 8, 8, channels).astype(np.uint8)
     maps = {f"stage1 {text}": np.eye(4, dtype=np.float32), "stage2": np.zeros((2, 2))}
     return page.Figures(
@@ -131,7 +129,7 @@ class Reader(html.parser.HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def drawings(text):
+def find_drawings(text):
     """Outermost SVG elements, parsed by an XML parser."""
     found, depth, start = [], 0, 0
     for match in re.finditer(r"<svg|</svg>", text):

@@ -213,6 +213,24 @@ def test_stopping_is_asked_between_programs_and_keeps_whole_epochs():
     assert_equal_trees(as_numpy(fit_visits(state=saved[0])), as_numpy(fit_visits()))
 
 
+def test_a_stop_does_not_wait_for_programs_started_long_ago():
+    """When the host asks, at most a few programs are unfinished."""
+    states = []
+
+    def spy(state, batch):
+        jax.debug.callback(lambda step: states.append(int(step)), state.step)
+        return steps.make_train_step(count_visits, optax.sgd(1.0))(state, batch)
+
+    behind = []
+
+    def should_stop():
+        behind.append(len(behind) - len(states))
+        return False
+
+    fit_visits(epochs=4, step_fn=spy, should_stop=should_stop)
+    assert len(behind) == 24 and max(behind) <= loop._PROGRAMS_AHEAD
+
+
 def test_a_state_between_epochs_is_refused():
     one = fit_visits(epochs=1)
     with pytest.raises(errors.InputError, match="step 6, epoch 1 .* 13 steps"):

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict modes for every test, and eight virtual devices on one CPU."""
+
+import os
+
+# Before jax starts: devices cannot be added later.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
