@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed, validated settings of a run; standard library only.
+"""Typed, validated settings of a run.
 
 `ml_collections` ends at the door: `main` turns the nested mapping of a config file
 into these frozen dataclasses once, and everything behind it reads attributes. A key
@@ -15,6 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from nad_jax.core import quantization
 from nad_jax.errors import InputError
 
 OPTIMIZERS = ("adam", "sgd")
@@ -112,6 +113,7 @@ class GridSettings:
 
     def __post_init__(self):
         _check_bits(self, "first_last_bits", optional=True)
+        _check_name(self, "range_method", quantization.RANGE_METHODS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,9 @@ class AttackSettings:
     def __post_init__(self):
         _check_name(self, "label_mode", ("all_to_one", "all_to_all"))
         _check_bits(self, "weight_bits")
+        if self.grid.range_method == "mse":
+            # Its scale depends on all weights, so pinning a few cannot hold it.
+            raise InputError("grid.range_method of an attack must be absmax or minmax")
         _check(self, "target_label", self.target_label >= 0, ">= 0")
         _check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
 

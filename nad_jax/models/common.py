@@ -103,17 +103,28 @@ def conv(
 
 
 def batch_norm(
-    *, train: bool, dtype: DTypeLike, axis_name: str | None, name: str
-) -> nn.BatchNorm:
-    """A BatchNorm with PyTorch's default constants; see the module docstring."""
-    return nn.BatchNorm(
+    x: jax.Array, *, train: bool, dtype: DTypeLike, axis_name: str | None, name: str
+) -> jax.Array:
+    """`x` through a BatchNorm with PyTorch's default constants, returned as `dtype`.
+
+    The arithmetic is float32 in every case. flax does the same for bfloat16, but by
+    implicit promotion, which strict dtype rules forbid; so the casts are written out.
+    """
+    layer = nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=dtype,
+        dtype=jnp.float32,
         axis_name=axis_name,
         name=name,
     )
+    return layer(x.astype(jnp.float32)).astype(dtype)
+
+
+def layer_norm(x: jax.Array, *, dtype: DTypeLike, name: str) -> jax.Array:
+    """`x` through a LayerNorm over channels, in float32 and returned as `dtype`."""
+    layer = nn.LayerNorm(dtype=jnp.float32, name=name)
+    return layer(x.astype(jnp.float32)).astype(dtype)
 
 
 def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:

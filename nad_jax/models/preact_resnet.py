@@ -59,13 +59,13 @@ class Block(nn.Module):
             dtype=self.dtype,
             axis_name=self.bn_axis_name,
         )
-        activated = nn.relu(norm(name="bn1")(x))
+        activated = nn.relu(norm(x, name="bn1"))
         if x.shape[-1] != self.channels or self.stride != 1:
             shortcut = conv(1, self.stride, name="shortcut")(activated)
         else:
             shortcut = x
         y = conv(3, self.stride, name="conv1")(activated)
-        y = nn.relu(norm(name="bn2")(y))
+        y = nn.relu(norm(y, name="bn2"))
         y = conv(3, name="conv2")(y)
         return shortcut + y
 

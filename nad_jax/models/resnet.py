@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Residual networks for small images, post-activation, in two families.
 
-- ResNet-14, -20, -32: three stages of 2, 3, 5 basic blocks with 16, 32, 64 channels,
-  the CIFAR nets of He et al. and of NAD's code (whose "ResNet34" builds ResNet-32).
+- ResNet-8, -14, -20, -32: three stages of 1, 2, 3, 5 basic blocks with 16, 32, 64
+  channels, the CIFAR nets of He et al. and of NAD's code (whose "ResNet34" builds
+  ResNet-32).
 - ResNet-18, -34: four stages of (2, 2, 2, 2) or (3, 4, 6, 3) blocks with 64, 128, 256,
   512 channels after a 3x3 stem of stride 1 without max-pooling, the layout of
   kuangliu's CIFAR collection, which EFRAP's code uses. Not torchvision's, whose stem is
@@ -63,12 +64,12 @@ class Block(nn.Module):
             axis_name=self.bn_axis_name,
         )
         y = conv(3, self.stride, name="conv1")(x)
-        y = nn.relu(norm(name="bn1")(y))
+        y = nn.relu(norm(y, name="bn1"))
         y = conv(3, name="conv2")(y)
-        y = norm(name="bn2")(y)
+        y = norm(y, name="bn2")
         if x.shape[-1] != self.channels or self.stride != 1:
             x = conv(1, self.stride, name="shortcut")(x)
-            x = norm(name="shortcut_bn")(x)
+            x = norm(x, name="shortcut_bn")
         return nn.relu(x + y)
 
 
@@ -90,8 +91,8 @@ class ResNet(nn.Module):
         channels = [common.scaled(c, self.width) for c in self.stage_channels]
         x = common.conv(channels[0], 3, dtype=self.dtype, name="conv1")(images)
         x = common.batch_norm(
-            train=train, dtype=self.dtype, axis_name=self.bn_axis_name, name="bn1"
-        )(x)
+            x, train=train, dtype=self.dtype, axis_name=self.bn_axis_name, name="bn1"
+        )
         x = nn.relu(x)
 
         features = {}

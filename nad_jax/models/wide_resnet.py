@@ -51,7 +51,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             axis_name=self.bn_axis_name,
         )
-        activated = nn.relu(norm(name="bn1")(x))
+        activated = nn.relu(norm(x, name="bn1"))
         # The original asks for the channels only. At extreme `width` rounding can make
         # them equal across a stride, where an identity would not fit.
         if x.shape[-1] != self.channels or self.stride != 1:
@@ -59,7 +59,7 @@ class Block(nn.Module):
         else:
             shortcut = x
         y = conv(3, self.stride, name="conv1")(activated)
-        y = nn.relu(norm(name="bn2")(y))
+        y = nn.relu(norm(y, name="bn2"))
         y = conv(3, name="conv2")(y)
         return shortcut + y
 
@@ -97,8 +97,8 @@ class WideResNet(nn.Module):
             features[f"stage{group}"] = x
 
         x = common.batch_norm(
-            train=train, dtype=self.dtype, axis_name=self.bn_axis_name, name="bn1"
-        )(x)
+            x, train=train, dtype=self.dtype, axis_name=self.bn_axis_name, name="bn1"
+        )
         return common.pool_and_classify(nn.relu(x), self.num_classes), features
 
 

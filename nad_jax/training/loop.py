@@ -24,7 +24,7 @@ from nad_jax.training import state as state_lib
 MakeBatch = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], steps.Batch]
 OnEpoch = Callable[[state_lib.TrainState, dict[str, float]], None]
 
-# How many programs the host may have started and not yet seen finished.
+# How many programs the host starts before it waits for the first of them.
 _PROGRAMS_AHEAD = 3
 
 
@@ -109,8 +109,9 @@ def fit(
                 )
             state, metrics = run_steps(state, order, images, labels, count=count)
             history.append(metrics)
-            # Keeps the device busy, and a stop from waiting for dozens of programs.
-            jax.block_until_ready(history[-_PROGRAMS_AHEAD:][0])
+            if len(history) >= _PROGRAMS_AHEAD:
+                # The device stays busy, and a stop need not wait for a long queue.
+                jax.block_until_ready(history[-_PROGRAMS_AHEAD])
         state = state.replace(epoch=state.epoch + 1)
         means = _epoch_means(history, epoch, first_step=epoch * steps_per_epoch)
         if on_epoch is not None:

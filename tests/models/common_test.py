@@ -31,45 +31,60 @@ def test_stride_2_samples_the_even_pixels_as_pytorch_does(size, height_width, or
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def _norm(train, axis_name=None):
-    return common.batch_norm(
-        train=train, dtype=jnp.float32, axis_name=axis_name, name="bn"
-    )
+class _Norm(nn.Module):
+    train: bool
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return common.batch_norm(
+            x,
+            train=self.train,
+            dtype=jnp.float32,
+            axis_name=self.axis_name,
+            name="bn",
+        )
+
+
+def _norm_variables(*, scale, bias, mean, var):
+    return {
+        "params": {"bn": {"scale": jnp.array(scale), "bias": jnp.array(bias)}},
+        "batch_stats": {"bn": {"mean": jnp.array(mean), "var": jnp.array(var)}},
+    }
 
 
 def test_batch_norm_moves_its_statistics_a_tenth_of_the_way():
     """New running value = 0.9 old + 0.1 batch, with the biased variance."""
     x = np.random.default_rng(0).normal(2.0, 3.0, size=(4, 3, 3, 2)).astype(np.float32)
-    variables = {
-        "params": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, 1.0])},
-        "batch_stats": {"mean": jnp.array([1.0, -1.0]), "var": jnp.array([4.0, 9.0])},
-    }
-    y, updates = _norm(train=True).apply(variables, x, mutable=["batch_stats"])
+    variables = _norm_variables(
+        scale=[1.0, 2.0], bias=[0.0, 1.0], mean=[1.0, -1.0], var=[4.0, 9.0]
+    )
+    y, updates = _Norm(train=True).apply(variables, x, mutable=["batch_stats"])
     mean = x.mean(axis=(0, 1, 2), dtype=np.float64)
     var = x.var(axis=(0, 1, 2), dtype=np.float64)
-    stats = updates["batch_stats"]
+    stats = updates["batch_stats"]["bn"]
     np.testing.assert_allclose(stats["mean"], [0.9, -0.9] + 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(stats["var"], [3.6, 8.1] + 0.1 * var, rtol=1e-5)
     expected = (x - mean) / np.sqrt(var + 1e-5) * [1.0, 2.0] + [0.0, 1.0]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
-    y, updates = _norm(train=False).apply(variables, x, mutable=["batch_stats"])
+    y, updates = _Norm(train=False).apply(variables, x, mutable=["batch_stats"])
     expected = (x - [1, -1]) / np.sqrt(np.array([4, 9]) + 1e-5) * [1, 2] + [0, 1]
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(updates["batch_stats"]["mean"], [1.0, -1.0])
-    np.testing.assert_array_equal(updates["batch_stats"]["var"], [4.0, 9.0])
+    stats = updates["batch_stats"]["bn"]
+    np.testing.assert_array_equal(stats["mean"], [1.0, -1.0])
+    np.testing.assert_array_equal(stats["var"], [4.0, 9.0])
 
 
 def test_batch_norm_over_a_named_axis_sees_the_whole_batch():
     """Four mapped shards with an axis name update as the undivided batch does."""
     x = np.random.default_rng(0).normal(size=(8, 2, 2, 3)).astype(np.float32)
-    variables = {
-        "params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
-        "batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)},
-    }
+    variables = _norm_variables(
+        scale=[1.0] * 3, bias=[0.0] * 3, mean=[0.0] * 3, var=[1.0] * 3
+    )
 
     def update(axis_name):
-        layer = _norm(train=True, axis_name=axis_name)
+        layer = _Norm(train=True, axis_name=axis_name)
         return lambda x: layer.apply(variables, x, mutable=["batch_stats"])
 
     @jax.jit
@@ -79,10 +94,13 @@ def test_batch_norm_over_a_named_axis_sees_the_whole_batch():
 
     whole, synced, alone = run(x, x.reshape(4, 2, 2, 2, 3))
     np.testing.assert_allclose(synced[0].reshape(x.shape), whole[0], atol=1e-5)
-    for name, value in whole[1]["batch_stats"].items():
-        for shard in synced[1]["batch_stats"][name]:
+    stats, synced_stats, alone_stats = (
+        updates["batch_stats"]["bn"] for _, updates in (whole, synced, alone)
+    )
+    for name, value in stats.items():
+        for shard in synced_stats[name]:
             np.testing.assert_allclose(shard, value, rtol=1e-5)
-        assert np.abs(alone[1]["batch_stats"][name] - value[None]).max() > 1e-3
+        assert np.abs(alone_stats[name] - value[None]).max() > 1e-3
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ STAGES = {
     "wrn_28_10": [(32, 160), (16, 320), (8, 640)],
     "wrn_40_1": [(32, 16), (16, 32), (8, 64)],
     "wrn_40_2": [(32, 32), (16, 64), (8, 128)],
+    "resnet_8": [(32, 16), (16, 32), (8, 64)],
     "resnet_14": [(32, 16), (16, 32), (8, 64)],
     "resnet_20": [(32, 16), (16, 32), (8, 64)],
     "resnet_32": [(32, 16), (16, 32), (8, 64)],
@@ -40,6 +41,7 @@ PARAMETERS = {
     "wrn_28_10": 36_479_194,
     "wrn_40_1": 563_930,
     "wrn_40_2": 2_243_546,
+    "resnet_8": 78_042,
     "resnet_14": 175_258,
     "resnet_20": 272_474,
     "resnet_32": 466_906,
@@ -193,6 +195,14 @@ def test_bfloat16_computes_the_stages_and_leaves_state_and_logits_float32(name):
     model = models.build(name, num_classes=10, width=1 / 8, dtype=jnp.bfloat16)
     _, variables, logits, features = _trace(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    outputs = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]),
+        variables,
+        jnp.zeros((2, 32, 32, 3)),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs[1])} <= {
+        jnp.dtype("float32")
+    }
     assert {maps.dtype for maps in features.values()} == {jnp.dtype("bfloat16")}
     assert logits.dtype == jnp.float32
 

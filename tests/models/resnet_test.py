@@ -44,5 +44,5 @@ def test_forward_agrees_with_float64_numpy(
 
 @pytest.mark.parametrize("depth", [16, 50])
 def test_a_depth_without_layout_is_refused(depth):
-    with pytest.raises(errors.InputError, match=f"14, 20, 32, 18, 34, got {depth}"):
+    with pytest.raises(errors.InputError, match=f"8, 14, 20, 32, 18, 34, got {depth}"):
         resnet.resnet(depth, num_classes=10)

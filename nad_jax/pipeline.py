@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both programs do alike: data in, stages of training, rows, pictures, report.
+
+Nothing here knows which attack or which defence is running.
+"""
+
+import dataclasses
+import functools
+import inspect
+import pathlib
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nad_jax import errors, settings
+from nad_jax import workdir as workdir_lib
+from nad_jax.attacks import triggers
+from nad_jax.core import attention
+from nad_jax.data import batches, sources
+from nad_jax.report import html, schema, tables
+from nad_jax.training import environment, loop, optimizers, steps
+from nad_jax.training import state as state_lib
+
+# ------------------------------------------------------------------------------- data
+
+
+def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dataset]:
+    """Training and test images of a config."""
+    train, test = (
+        sources.load(
+            data.name,
+            split=split,
+            data_dir=data.data_dir,
+            image_size=data.image_size,
+        )
+        for split in ("train", "test")
+    )
+    return train, test
+
+
+def check_target(target_label: int, dataset: sources.Dataset) -> None:
+    """Raises InputError if the data set has no such class."""
+    if not target_label < dataset.num_classes:
+        raise errors.InputError(
+            f"config.attack.target_label must be below {dataset.num_classes}, the "
+            f"number of classes of {dataset.name}, got {target_label}"
+        )
+
+
+def build_trigger(
+    choice: settings.TriggerSettings, image_shape: tuple[int, ...]
+) -> triggers.Trigger:
+    """The trigger a config names, with its options.
+
+    A trigger that is drawn at random takes the option `seed`, by default 0.
+
+    Raises:
+      InputError: an unknown name, or an option that trigger does not have.
+    """
+    if choice.name not in triggers.TRIGGERS:
+        raise errors.InputError(
+            f"config.attack.trigger.name must be of "
+            f"{', '.join(sorted(triggers.TRIGGERS))}, got {choice.name!r}"
+        )
+    make = triggers.TRIGGERS[choice.name]
+    options = dict(choice.options)
+    if "key" in inspect.signature(make).parameters:
+        options["key"] = jax.random.key(options.pop("seed", 0))
+    try:
+        return make(image_shape, **options)
+    except TypeError as error:
+        raise errors.InputError(f"config.attack.trigger: {error}") from None
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train(
+    training: settings.TrainingSettings,
+    dataset: sources.Dataset,
+    workdir: workdir_lib.Workdir,
+    stage: str,
+    variables: Any,
+    key: jax.Array,
+    loss_fn: steps.LossFn,
+    project: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Variables after one stage of training on all of `dataset`."""
+    tx = optimizers.build(training, num_examples=len(dataset))
+    progress = workdir.progress(stage, training.epochs)
+    last: dict[str, float] = {}
+
+    def on_epoch(state, metrics):
+        last.update(metrics)
+        workdir.record("epoch", stage=stage, epoch=int(state.epoch), **metrics)
+        progress.advance(f"loss {metrics['loss']:.4f}")
+
+    try:
+        state = loop.fit(
+            state_lib.create(variables, tx, key),
+            dataset.images,
+            dataset.labels,
+            step_fn=steps.make_train_step(loss_fn, tx, project=project),
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            make_batch=loop.augmented_batches(
+                pad=training.crop_padding, flip=training.flip, cutout=training.cutout
+            ),
+            steps_per_dispatch=training.steps_per_dispatch,
+            on_epoch=on_epoch,
+            should_stop=workdir.should_stop,
+        )
+    except loop.TrainingInterrupted as interruption:
+        raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None
+    progress.done(f"{training.epochs} epochs, loss {last['loss']:.4f}")
+    return state_lib.variables(state)
+
+
+class EarlierRun:
+    """Stages of an earlier run, read only; stands in for its `Workdir`."""
+
+    def __init__(self, path: str, workdir: workdir_lib.Workdir):
+        self._path = pathlib.Path(path)
+        self._workdir = workdir
+
+    def stage(self, name: str, like: Any, compute: Callable[[], Any]) -> Any:
+        del compute
+        from nad_jax.training import checkpoints
+
+        folder = self._path / "checkpoints" / name
+        if not checkpoints.steps(folder):
+            raise errors.InputError(
+                f"config.victim_workdir {self._path} has no checkpoint {name!r}"
+            )
+        with self._workdir.timed(name):
+            return checkpoints.restore(folder, like)[0]
+
+
+# ----------------------------------------------------------------------------- report
+
+
+def add_row(
+    rows: list[schema.Row], row: schema.Row, workdir: workdir_lib.Workdir
+) -> None:
+    """Keeps a row, and shows it."""
+    rows.append(row)
+    workdir.record("row", **row.to_dict())
+    shown = " ".join(
+        f"{label} {rate:6.2%}"
+        for label, rate in (("ACC", row.acc), ("ASR", row.asr), ("RA", row.ra))
+        if rate is not None
+    )
+    workdir.say(f"{row.model:>10} {row.name:<17} {shown}")
+
+
+def draw(
+    apply: Callable[..., Any],
+    trigger: triggers.Trigger,
+    test: sources.Dataset,
+    target_labels: np.ndarray,
+    nets: Sequence[tuple[str, Any]],
+) -> html.Figures:
+    """Pictures: the trigger, samples, and where each net looks.
+
+    Args:
+      apply: `model.apply`.
+      trigger: The attacker's.
+      test: Where samples are taken from.
+      target_labels: What the attacker wants of each test image, int `[N]`.
+      nets: Name and variables of each net.
+    """
+    chosen = np.flatnonzero(target_labels != test.labels)[:8]
+    clean = test.images[chosen]
+    stamped = triggers.apply_trigger(batches.to_float(jnp.asarray(clean)), trigger)
+    triggered = _to_uint8(stamped)
+    blank = jnp.full((1, *clean.shape[1:]), 0.5)
+    forward = jax.jit(functools.partial(apply, train=False))
+    attention_maps = []
+    for name, variables in nets:
+        _, features = forward(variables, stamped[:1])
+        maps = {}
+        for stage, values in features.items():
+            if values.shape[1] * values.shape[2] > 1:
+                one = np.asarray(attention.attention_map(values))[0]
+                maps[stage] = one / max(float(one.max()), 1e-12)
+        attention_maps.append((name, triggered[0], maps))
+    return html.Figures(
+        trigger=_to_uint8(triggers.apply_trigger(blank, trigger))[0],
+        clean_samples=clean,
+        triggered_samples=triggered,
+        attention=tuple(attention_maps),
+    )
+
+
+def _to_uint8(images: jax.Array) -> np.ndarray:
+    return np.asarray(jnp.round(images * 255.0)).astype(np.uint8)
+
+
+def write_report(
+    config: Any,
+    workdir: workdir_lib.Workdir,
+    *,
+    rows: Sequence[schema.Row],
+    claims: Sequence[Mapping[str, Any]],
+    canary: Mapping[str, Any],
+    figures: html.Figures | None,
+    layers: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Writes report.html and report.json, says the headline, returns the report.
+
+    Args:
+      config: Settings dataclass of the run, with `title`.
+      workdir: Where to.
+      rows: At least one.
+      claims: What the run was to show.
+      canary: Outcome of `environment.check_canary`.
+      figures: Pictures, if any.
+      layers: Measurements by layer.
+      notes: Sentences for the foot of the page, before those about the machine.
+      command: The command line.
+    """
+    facts = environment.describe()
+    report = schema.build_report(
+        title=config.title,
+        command=command,
+        config=dataclasses.asdict(config),
+        rows=rows,
+        git_commit=git_commit(),
+        versions={k: v for k, v in facts["versions"].items() if v is not None},
+        devices=facts["devices"],
+        seconds=workdir.seconds,
+        layers=layers,
+        claims=claims,
+        notes=[
+            *notes,
+            f"Python {facts['python']} on {facts['machine']}, "
+            f"{facts['cpu_count']} CPU cores, XLA_FLAGS={facts['xla_flags']!r}.",
+            f"Canary for wrong numbers under jit: passed={canary['passed']}.",
+        ],
+    )
+    schema.write_text(workdir.path / "report.html", html.render(report, figures))
+    # Last, so that a report.json on disk means that the run was finished.
+    schema.write_json(workdir.path / "report.json", report)
+    workdir.say(tables.headline(rows))
+    workdir.say(f"report: {workdir.path / 'report.html'}")
+    return report
+
+
+def claim(text: str, passed: bool) -> dict[str, Any]:
+    """An entry of a report's claims."""
+    return {"text": text, "passed": bool(passed)}
+
+
+def git_commit() -> str | None:
+    """Commit of the code that is running, with "-dirty"; None outside a checkout."""
+    folder = pathlib.Path(__file__).parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if tracked and dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

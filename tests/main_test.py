@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: mistakes are one line and exit code 2; the smoke run is whole."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nad_jax import main
+from nad_jax.report import schema
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = f"--config={ROOT / 'configs' / 'efrap.py'}"
+SMOKE = f"{CONFIG}:smoke"
+
+
+def _fails(capsys, *arguments):
+    """The one line that a bad command line prints."""
+    assert main.main(["main", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and "Traceback" not in output.err
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--config is missing", "configs/efrap.py"]),
+        (["--config=nowhere.py"], ["'nowhere.py' is not there", "configs/efrap.py"]),
+        ([f"{CONFIG}:giant"], ["variant must be", "'giant'"]),
+        ([CONFIG, "--config.lrr=1"], ["--config.lrr", "no key 'lrr'"]),
+        ([CONFIG, "--config.victim.epoch=1"], ["'epoch'", "did you mean 'epochs'"]),
+        ([CONFIG, "--config.victim.epochs=abc"], ["--config.victim.epochs=abc"]),
+        ([CONFIG, "--config.title.x=1"], ["--config.title.x=1", "not a section"]),
+        ([CONFIG, "--config.defense.weight_bits=11"], ["2 to 8, got 11"]),
+        ([CONFIG, "--config.attack.grid.range_method=mse"], ["absmax or minmax"]),
+        ([CONFIG, "--config.defense.grid.range_method=avg"], ["range_method", "avg"]),
+        ([CONFIG, "--bogus=1"], ["bogus"]),
+        ([CONFIG, "stray"], ["unexpected argument 'stray'"]),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, arguments, words):
+    error = _fails(capsys, *arguments)
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.name=nothing_like_it", ["nothing_like_it"]),
+        ("model.name=alexnet", ["alexnet", "resnet_14"]),
+        ("attack.target_label=10", ["config.attack.target_label", "below 10, "]),
+        ("attack.trigger.name=cross", ["config.attack.trigger.name", "square"]),
+        ("attack.trigger.size=40", ["size 40", "does not fit"]),
+        ("victim_workdir=/nowhere", ["/nowhere", "no checkpoint"]),
+    ],
+)
+def test_a_mistake_found_later_is_one_line(capsys, tmp_path, override, words):
+    error = _fails(capsys, SMOKE, f"--config.{override}", f"--workdir={tmp_path}/run")
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_help_is_exit_code_0_and_names_the_configs(capsys):
+    assert main.main(["main", "--help"]) == 0
+    assert "efrap.py" in capsys.readouterr().out
+
+
+def test_a_shipped_config_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = _fails(
+        capsys, "--config=configs/efrap.py", "--config.defense.weight_bits=1"
+    )
+    assert "config.defense.weight_bits must be 2 to 8" in error
+
+
+def _start(workdir, *arguments):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "nad_jax.main",
+            SMOKE,
+            f"--workdir={workdir}",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a smoke run."""
+    path = tmp_path_factory.mktemp("smoke") / "run"
+    process = _start(path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_it_promises(finished):
+    report = schema.read_report(finished / "report.json")
+    rows = {(row["model"], row["name"]): row for row in report["rows"]}
+    for model in ("backdoored", "clean"):
+        for name in ("float", "nearest", "stochastic", "reconstruction", "efrap"):
+            row = rows[model, name]
+            assert row["acc_count"] == 500 and row["asr_count"] == 450
+            assert 0 <= row["acc"] <= 1 and 0 <= row["asr"] + row["ra"] <= 1
+        assert rows[model, "nearest"]["flip_rate"] == 0
+        assert rows[model, "efrap"]["flip_rate"] > 0
+    assert report["config"]["defense"]["weight_bits"] == 4
+    config = json.loads((finished / "config.json").read_text("utf-8"))
+    assert config == report["config"]
+    kinds = {
+        json.loads(line)["kind"]
+        for line in (finished / "metrics.jsonl").read_text("utf-8").splitlines()
+    }
+    assert kinds == {"epoch", "layer", "row"}
+    page = (finished / "report.html").read_text("utf-8")
+    assert "<svg" in page and "data:image/png" in page
+    assert "http://" not in page and "https://" not in page
+
+
+@pytest.mark.slow
+def test_a_repeated_command_gives_the_same_rows_without_training(finished):
+    before = schema.read_report(finished / "report.json")["rows"]
+    process = _start(finished)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "restored from" in output and "victim, seed 0" not in output
+    after = schema.read_report(finished / "report.json")["rows"]
+    for row in [*before, *after]:
+        row.pop("seconds")
+    assert before == after
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_usable_and_can_be_finished(tmp_path):
+    process = _start(tmp_path, "--config.victim.epochs=10000")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or not (
+        (tmp_path / "metrics.jsonl").stat().st_size
+    ):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("nad_jax: interrupted")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "report.json").exists()
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["title"]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings accept what they promise, and name the key when they refuse."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from nad_jax import errors, settings
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def _config(file="efrap.py", variant=""):
+    spec = importlib.util.spec_from_file_location("config", CONFIGS / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant).to_dict()
+
+
+def _read(mapping):
+    return settings.from_mapping(settings.ExperimentSettings, mapping)
+
+
+@pytest.mark.parametrize("variant", ["", "smoke", "cifar10"])
+def test_every_variant_of_the_shipped_config_is_valid(variant):
+    config = _read(_config(variant=variant))
+    assert config.defense.roundings
+    assert config.attack.trigger.options["size"] >= 1
+
+
+def test_every_setting_of_the_shipped_config_is_read():
+    """The file names every field of the defence, so no default lives in two places."""
+    config = _config()
+    fields = settings.QuantizationSettings.__dataclass_fields__
+    assert set(config["defense"]) == set(fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("defense", "weight_bits"), 9, "config.defense.weight_bits must be 2 to 8"),
+        (("defense", "weight_bits"), 1, "config.defense.weight_bits must be 2 to 8"),
+        (("defense", "weight_bits"), 4.0, "config.defense.weight_bits must be int"),
+        (("defense", "weight_bits"), True, "config.defense.weight_bits must be int"),
+        (("defense", "act_bits"), 0, "config.defense.act_bits must be 2 to 8 or None"),
+        (("defense", "roundings"), ("up",), "config.defense.roundings must be of"),
+        (("defense", "flip_weight"), -1.0, "config.defense.flip_weight must be >= 0"),
+        (("defense", "flip_weight"), float("nan"), "config.defense.flip_weight"),
+        (("defense", "calibration_images"), 0, "calibration_images must be at least 1"),
+        (("attack", "cell_margin"), 0.5, "config.attack.cell_margin must be in"),
+        (("attack", "target_label"), -1, "config.attack.target_label must be >= 0"),
+        (("attack", "label_mode"), "clean_label", "config.attack.label_mode must be"),
+        (("victim", "epochs"), 0, "config.victim.epochs must be at least 1"),
+        (("victim", "learning_rate"), 0.0, "config.victim.learning_rate must be > 0"),
+        (("victim", "optimizer"), "lamb", "config.victim.optimizer must be of"),
+        (("victim", "momentum"), 1.0, "config.victim.momentum must be in"),
+        (("model", "width"), 0.0, "config.model.width must be > 0"),
+        (("seeds",), (), "config.seeds must be at least one"),
+        (("seeds",), (1, 1), "config.seeds must be all different"),
+        (("seeds",), "x", "config.seeds must be int"),
+        (("data",), 3, "config.data must be a section"),
+        (("epoch",), 3, "config.epoch is not known"),
+        (("defense", "warm_up"), 0.2, "config.defense.warm_up is not known"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(path, value, message):
+    config = _config()
+    section = config
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    with pytest.raises(errors.InputError) as caught:
+        _read(config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_refused_by_name():
+    config = _config()
+    del config["model"]
+    with pytest.raises(errors.InputError, match=r"config\.model is missing"):
+        _read(config)
+
+
+def test_a_single_seed_may_stand_for_a_tuple_and_an_int_for_a_float():
+    config = _config()
+    config["seeds"] = 3
+    config["defense"]["flip_weight"] = 0
+    read = _read(config)
+    assert read.seeds == (3,)
+    assert read.defense.flip_weight == 0.0
