@@ -22,6 +22,7 @@ from ml_collections import config_dict
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The digits experiment, or the variant "smoke" or "cifar10"."""
     config = ml_collections.ConfigDict()
+    config.job = "efrap"
     config.title = "Digits: a backdoor that wakes at W4"
     config.seeds = (0,)
     config.victim_workdir = config_dict.placeholder(str)

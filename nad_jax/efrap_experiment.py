@@ -9,8 +9,6 @@
 
 import dataclasses
 import functools
-import pathlib
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, models, settings
+from nad_jax import models, pipeline, settings
 from nad_jax import workdir as workdir_lib
-from nad_jax.attacks import projection, triggers
-from nad_jax.core import attention, quantization
+from nad_jax.attacks import projection
+from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import adam_rounding
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
-from nad_jax.report import html, schema, tables
-from nad_jax.training import environment, evaluation, loop, optimizers, steps
-from nad_jax.training import state as state_lib
+from nad_jax.report import html, schema
+from nad_jax.training import environment, evaluation, steps
 
 # What a run of this kind is to show; printed with a tick or a cross, never enforced.
 _DORMANT_ASR = 0.02
@@ -80,52 +77,26 @@ def run(
             )
         if figures is None:
             figures = _draw(scene, [n for n in nets if n[0] == "backdoored"])
-    facts = environment.describe()
-    report = schema.build_report(
-        title=config.title,
-        command=command,
-        config=dataclasses.asdict(config),
+    return pipeline.write_report(
+        config,
+        workdir,
         rows=rows,
-        git_commit=git_commit(),
-        versions={k: v for k, v in facts["versions"].items() if v is not None},
-        devices=facts["devices"],
-        seconds=workdir.seconds,
-        layers=layers,
         claims=_claims(rows),
-        notes=[
-            f"Python {facts['python']} on {facts['machine']}, "
-            f"{facts['cpu_count']} CPU cores, XLA_FLAGS={facts['xla_flags']!r}.",
-            f"Canary for wrong numbers under jit: passed={canary['passed']}.",
-        ],
+        canary=canary,
+        figures=figures,
+        layers=layers,
+        command=command,
     )
-    schema.write_text(workdir.path / "report.html", html.render(report, figures))
-    # Last, so that a report.json on disk means that the run was finished.
-    schema.write_json(workdir.path / "report.json", report)
-    workdir.say(tables.headline(rows))
-    workdir.say(f"report: {workdir.path / 'report.html'}")
-    return report
 
 
 def _set_scene(config: settings.ExperimentSettings) -> _Scene:
-    train, test = (
-        sources.load(
-            config.data.name,
-            split=split,
-            data_dir=config.data.data_dir,
-            image_size=config.data.image_size,
-        )
-        for split in ("train", "test")
-    )
+    train, test = pipeline.load_data(config.data)
     attack = config.attack
-    if not attack.target_label < train.num_classes:
-        raise errors.InputError(
-            f"config.attack.target_label must be below {train.num_classes}, the number "
-            f"of classes of {train.name}, got {attack.target_label}"
-        )
+    pipeline.check_target(attack.target_label, train)
     model = models.build(
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )
-    trigger = build_trigger(attack.trigger, train.images.shape[1:])
+    trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
     goal = projection.Goal(
         trigger, attack.label_mode, attack.target_label, train.num_classes
     )
@@ -162,25 +133,6 @@ def _act_spec(defense: settings.QuantizationSettings):
     return quantization.QuantSpec(defense.act_bits, False, None, "mse")
 
 
-def build_trigger(
-    choice: settings.TriggerSettings, image_shape: tuple[int, ...]
-) -> triggers.Trigger:
-    """The trigger a config names, with its options.
-
-    Raises:
-      InputError: an unknown name, or an option that trigger does not have.
-    """
-    if choice.name not in triggers.TRIGGERS:
-        raise errors.InputError(
-            f"config.attack.trigger.name must be of "
-            f"{', '.join(sorted(triggers.TRIGGERS))}, got {choice.name!r}"
-        )
-    try:
-        return triggers.TRIGGERS[choice.name](image_shape, **choice.options)
-    except TypeError as error:
-        raise errors.InputError(f"config.attack.trigger: {error}") from None
-
-
 # ------------------------------------------------------------------------------ models
 
 
@@ -192,13 +144,13 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
     fresh = common.init(scene.model, victim_key, scene.train.images.shape[1:])
     source = workdir
     if config.victim_workdir is not None:
-        source = _EarlierRun(config.victim_workdir, workdir)
+        source = pipeline.EarlierRun(config.victim_workdir, workdir)
 
     def train_victim():
         loss_fn = steps.classification_loss(scene.model.apply)
-        return _train(
+        return pipeline.train(
             config.victim,
-            scene,
+            scene.train,
             workdir,
             f"victim, seed {seed}",
             fresh,
@@ -213,9 +165,9 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
         images = jnp.zeros((1, *scene.train.images.shape[1:]))
         found = layers_lib.find_layers(scene.model, clean, images, apply_kwargs=_EVAL)
         specs = weight_specs(config.attack.weight_bits, config.attack.grid, found)
-        woken = _train(
+        woken = pipeline.train(
             config.attack.wake,
-            scene,
+            scene.train,
             workdir,
             f"wake, seed {seed}",
             clean,
@@ -225,9 +177,9 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
         box = projection.rounding_box(
             woken["params"], found, specs, cell_margin=config.attack.cell_margin
         )
-        return _train(
+        return pipeline.train(
             config.attack.hide,
-            scene,
+            scene.train,
             workdir,
             f"hide, seed {seed}",
             woken,
@@ -237,26 +189,6 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
         )
 
     return clean, source.stage(f"seed{seed}-backdoored", fresh, plant)
-
-
-class _EarlierRun:
-    """Stages of an earlier run, read only."""
-
-    def __init__(self, path: str, workdir: workdir_lib.Workdir):
-        self._path = pathlib.Path(path)
-        self._workdir = workdir
-
-    def stage(self, name: str, like: Any, compute: Callable[[], Any]) -> Any:
-        del compute
-        from nad_jax.training import checkpoints
-
-        folder = self._path / "checkpoints" / name
-        if not checkpoints.steps(folder):
-            raise errors.InputError(
-                f"config.victim_workdir {self._path} has no checkpoint {name!r}"
-            )
-        with self._workdir.timed(name):
-            return checkpoints.restore(folder, like)[0]
 
 
 def weight_specs(
@@ -275,54 +207,6 @@ def weight_spec(bits: int, grid: settings.GridSettings) -> quantization.QuantSpe
     """The grid of all layers but, perhaps, the first and the last."""
     channel_axis = -1 if grid.per_channel else None
     return quantization.QuantSpec(bits, grid.symmetric, channel_axis, grid.range_method)
-
-
-def _train(
-    training: settings.TrainingSettings,
-    scene: _Scene,
-    workdir: workdir_lib.Workdir,
-    stage: str,
-    variables: Any,
-    key: jax.Array,
-    loss_fn: steps.LossFn,
-    project: Callable[[Any], Any] | None = None,
-) -> Any:
-    """Variables after one stage of training on the attacker's data."""
-    num_examples = len(scene.train.labels)
-    tx = optimizers.build(training, num_examples=num_examples)
-    progress = workdir.progress(stage, training.epochs)
-    last: dict[str, float] = {}
-
-    def on_epoch(state, metrics):
-        last.update(metrics)
-        workdir.record("epoch", stage=stage, epoch=int(state.epoch), **metrics)
-        progress.advance(f"loss {metrics['loss']:.4f}")
-
-    def make_batch(key, images, labels, indices):
-        pixels = batches.to_float(images[indices])
-        if training.crop_padding or training.flip:
-            pixels = batches.augment(
-                key, pixels, pad=training.crop_padding, flip=training.flip
-            )
-        return {"images": pixels, "labels": labels[indices]}
-
-    try:
-        state = loop.fit(
-            state_lib.create(variables, tx, key),
-            scene.train.images,
-            scene.train.labels,
-            step_fn=steps.make_train_step(loss_fn, tx, project=project),
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            make_batch=make_batch,
-            steps_per_dispatch=training.steps_per_dispatch,
-            on_epoch=on_epoch,
-            should_stop=workdir.should_stop,
-        )
-    except loop.TrainingInterrupted as interruption:
-        raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None
-    progress.done(f"{training.epochs} epochs, loss {last['loss']:.4f}")
-    return state_lib.variables(state)
 
 
 # ---------------------------------------------------------------------------- evidence
@@ -350,13 +234,7 @@ def _quantize_and_evaluate(
             extra=extra,
             **counts,
         )
-        rows.append(row)
-        workdir.record("row", **row.to_dict())
-        shown = " ".join(
-            f"{label} {row_value:6.2%}"
-            for label, row_value in (("ACC", row.acc), ("ASR", row.asr), ("RA", row.ra))
-        )
-        workdir.say(f"{model_name:>10} {name:<14} {shown}")
+        pipeline.add_row(rows, row, workdir)
 
     with workdir.timed("evaluate"):
         counts = scene.evaluate((variables, {}, None))
@@ -481,13 +359,10 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
         found = [r for r in rows if r.model == model and r.name == name]
         return [getattr(row, rate) for row in found]
 
-    def claim(text, passed):
-        return {"text": text, "passed": bool(passed)}
-
     claims = []
     if asleep := rates("backdoored", "float", "asr"):
         claims.append(
-            claim(
+            pipeline.claim(
                 f"The backdoor sleeps in float: ASR at most {_DORMANT_ASR:.0%} "
                 f"(worst {max(asleep):.2%})",
                 max(asleep) <= _DORMANT_ASR,
@@ -495,7 +370,7 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
         )
     if awake := rates("backdoored", "nearest", "asr"):
         claims.append(
-            claim(
+            pipeline.claim(
                 f"Nearest rounding wakes it: ASR at least {_AWAKE_ASR:.0%} "
                 f"(worst {min(awake):.2%})",
                 min(awake) >= _AWAKE_ASR,
@@ -507,10 +382,12 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
             continue
         cost = max(b - a for b, a in zip(before, after, strict=True))
         text = f"EFRAP costs the {model} model at most {_ACCURACY_COST:.0%} accuracy"
-        claims.append(claim(f"{text} (worst {cost:.2%})", cost <= _ACCURACY_COST))
+        claims.append(
+            pipeline.claim(f"{text} (worst {cost:.2%})", cost <= _ACCURACY_COST)
+        )
     if defended := rates("backdoored", "efrap", "asr"):
         claims.append(
-            claim(
+            pipeline.claim(
                 f"EFRAP keeps it asleep: ASR at most {_DEFENDED_ASR:.0%} "
                 f"(worst {max(defended):.2%})",
                 max(defended) <= _DEFENDED_ASR,
@@ -521,51 +398,11 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
 
 def _draw(scene: _Scene, nets: list[tuple[str, str, Any]]) -> html.Figures:
     """Pictures of the first seed: trigger, samples, attention of each net."""
-    wanted = np.asarray(scene.goal.target_labels(jnp.asarray(scene.test.labels)))
-    chosen = np.flatnonzero(wanted != scene.test.labels)[:8]
-    clean = scene.test.images[chosen]
-    floats = batches.to_float(jnp.asarray(clean))
-    stamped = triggers.apply_trigger(floats, scene.goal.trigger)
-    triggered = _to_uint8(stamped)
-    blank = jnp.full((1, *clean.shape[1:]), 0.5)
-    apply = jax.jit(functools.partial(scene.model.apply, train=False))
-    attention_maps = []
-    for _, name, variables in nets:
-        _, features = apply(variables, stamped[:1])
-        maps = {}
-        for stage, values in features.items():
-            if values.shape[1] * values.shape[2] > 1:
-                one = np.asarray(attention.attention_map(values))[0]
-                maps[stage] = one / max(float(one.max()), 1e-12)
-        attention_maps.append((name, triggered[0], maps))
-    return html.Figures(
-        trigger=_to_uint8(triggers.apply_trigger(blank, scene.goal.trigger))[0],
-        clean_samples=clean,
-        triggered_samples=triggered,
-        attention=tuple(attention_maps),
+    wanted = scene.goal.target_labels(jnp.asarray(scene.test.labels))
+    return pipeline.draw(
+        scene.model.apply,
+        scene.goal.trigger,
+        scene.test,
+        np.asarray(wanted),
+        [(name, variables) for _, name, variables in nets],
     )
-
-
-def _to_uint8(images: jax.Array) -> np.ndarray:
-    return np.asarray(jnp.round(images * 255.0)).astype(np.uint8)
-
-
-def git_commit() -> str | None:
-    """Commit of the code that is running, with "-dirty"; None outside a checkout."""
-    folder = pathlib.Path(__file__).parent
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        tracked = git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("-dirty" if tracked and dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

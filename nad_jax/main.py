@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def _parse(argv: Sequence[str]) -> tuple[settings.ExperimentSettings, str]:
+def _parse(argv: Sequence[str]) -> tuple[Any, str]:
     values = flags.FlagValues()
     argv = [_resolve(argument) for argument in argv]
     config = config_flags.DEFINE_config_file(
@@ -75,7 +76,7 @@ def _parse(argv: Sequence[str]) -> tuple[settings.ExperimentSettings, str]:
         config_flags.get_config_filename(values["config"]).split(":")[0]
     ).stem
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    typed = settings.from_mapping(settings.ExperimentSettings, config.value.to_dict())
+    typed = settings.parse(config.value.to_dict())
     return typed, workdir.value or f"runs/{name}-{stamp}"
 
 
@@ -120,10 +121,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _run(config: settings.ExperimentSettings, path: str, argv: Sequence[str]) -> int:
+def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     import dataclasses
 
-    from nad_jax import experiment
+    from nad_jax import efrap_experiment, nad_experiment
     from nad_jax import workdir as workdir_lib
     from nad_jax.training import environment
 
@@ -134,7 +135,8 @@ def _run(config: settings.ExperimentSettings, path: str, argv: Sequence[str]) ->
     )
     try:
         command = " ".join(["python -m nad_jax.main", *argv[1:]])
-        experiment.run(config, workdir, command=command)
+        experiments = {"efrap": efrap_experiment, "nad": nad_experiment}
+        experiments[config.job].run(config, workdir, command=command)
     except (workdir_lib.Interrupted, KeyboardInterrupt) as interruption:
         reason = str(interruption) or "stopped at once"
         print(f"nad_jax: interrupted: {reason}; {path} is usable", file=sys.stderr)

@@ -22,7 +22,7 @@ from nad_jax.attacks import triggers
 from nad_jax.core import attention
 from nad_jax.data import batches, sources
 from nad_jax.report import html, schema, tables
-from nad_jax.training import environment, loop, optimizers, steps
+from nad_jax.training import augmentation, environment, loop, optimizers, steps
 from nad_jax.training import state as state_lib
 
 # ------------------------------------------------------------------------------- data
@@ -107,9 +107,7 @@ def train(
             step_fn=steps.make_train_step(loss_fn, tx, project=project),
             epochs=training.epochs,
             batch_size=training.batch_size,
-            make_batch=loop.augmented_batches(
-                pad=training.crop_padding, flip=training.flip, cutout=training.cutout
-            ),
+            make_batch=augmentation.make_batch(training),
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=on_epoch,
             should_stop=workdir.should_stop,

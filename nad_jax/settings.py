@@ -19,7 +19,15 @@ from nad_jax.core import quantization
 from nad_jax.errors import InputError
 
 OPTIMIZERS = ("adam", "sgd")
-SCHEDULES = ("constant", "cosine", "one_cycle")
+SCHEDULES = ("constant", "cosine", "one_cycle", "steps")
+REPAIRS = (
+    "fine_tuning",
+    "fine_pruning",
+    "mode_connectivity",
+    "ft_sam",
+    "nad",
+    "nad_sam",
+)
 ROUNDINGS = (
     "nearest",
     "flipped",
@@ -65,12 +73,16 @@ class TrainingSettings:
       batch_size: Images per step.
       optimizer: "adam" or "sgd" (Nesterov).
       learning_rate: Peak rate.
-      schedule: "constant", "cosine" (to 0) or "one_cycle" (up for 30 %, then to 0).
+      schedule: "constant", "cosine" (to 0), "one_cycle" (up for 30 %, then to 0) or
+        "steps" (times `step_factor` after each of `milestones`).
       momentum: Of sgd.
       weight_decay: Added to the gradient, on every parameter.
       crop_padding: Random crop after padding by so many pixels; 0 = none.
       flip: Random horizontal flip.
       steps_per_dispatch: Steps compiled into one program.
+      milestones: Epochs, ascending, of the schedule "steps".
+      step_factor: Of the schedule "steps".
+      cutout: Side of a random black square in pixels; 0 = none.
     """
 
     epochs: int
@@ -83,6 +95,9 @@ class TrainingSettings:
     crop_padding: int = 0
     flip: bool = False
     steps_per_dispatch: int = 1
+    milestones: tuple[int, ...] = ()
+    step_factor: float = 0.1
+    cutout: int = 0
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "steps_per_dispatch"):
@@ -92,7 +107,11 @@ class TrainingSettings:
         _check(self, "learning_rate", self.learning_rate > 0, "> 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _check(self, "weight_decay", self.weight_decay >= 0, ">= 0")
-        _check(self, "crop_padding", self.crop_padding >= 0, ">= 0")
+        for name in ("crop_padding", "cutout"):
+            _check(self, name, getattr(self, name) >= 0, ">= 0")
+        ascending = self.milestones == tuple(sorted(set(self.milestones)))
+        _check(self, "milestones", ascending, "ascending")
+        _check(self, "step_factor", self.step_factor > 0, "> 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +230,163 @@ class QuantizationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class PoisoningSettings:
+    """A victim trained on poisoned data (`nad_jax.attacks.poisoning`).
+
+    Images are stamped as they are stored, that is before crop and flip: a crop may move
+    the trigger or cut into it, as it would for an attacker who only hands out data.
+
+    Attributes:
+      trigger: What the attacker stamps on images.
+      target_label: Class the attacker wants.
+      label_mode: "all_to_one", "all_to_all" or "clean_label".
+      poison_rate: Poisoned share of the whole training set.
+      perturbation: Clean label only: L-infinity length, in [0, 1] pixel units, of the
+        adversarial change that makes poisoned images hard to learn before they are
+        stamped; 0 = none (`nad_jax.attacks.clean_label`).
+      perturbation_steps: Gradient steps for it.
+    """
+
+    trigger: TriggerSettings
+    target_label: int = 0
+    label_mode: str = "all_to_one"
+    poison_rate: float = 0.1
+    perturbation: float = 0.0
+    perturbation_steps: int = 10
+
+    def __post_init__(self):
+        modes = ("all_to_one", "all_to_all", "clean_label")
+        _check_name(self, "label_mode", modes)
+        _check(self, "target_label", self.target_label >= 0, ">= 0")
+        _check(self, "poison_rate", 0 < self.poison_rate <= 1, "in (0, 1]")
+        _check(self, "perturbation", 0 <= self.perturbation <= 1, "in [0, 1]")
+        _check(self, "perturbation_steps", self.perturbation_steps >= 1, "at least 1")
+        if self.perturbation and self.label_mode != "clean_label":
+            raise InputError("perturbation is for label_mode clean_label only")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningSettings:
+    """Training on the defender's clean images (`nad_jax.defenses`).
+
+    Attributes:
+      training: Optimiser, schedule, augmentation.
+      sharpness_radius: Of the ascent step of SAM, in weight units; 0 = no SAM.
+      patience: Stop after so many epochs in which accuracy on held-out clean images did
+        not rise, and go back to the best; None = train to the end, keep the last.
+    """
+
+    training: TrainingSettings
+    sharpness_radius: float = 0.0
+    patience: int | None = None
+
+    def __post_init__(self):
+        _check(self, "sharpness_radius", self.sharpness_radius >= 0, ">= 0")
+        good = self.patience is None or self.patience >= 1
+        _check(self, "patience", good, "at least 1 or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class NadSettings:
+    """The attention term (`nad_jax.defenses.nad`).
+
+    Attributes:
+      betas: Stage name to weight; stages that are not named are left alone.
+      beta_unit: "mean_square" per pixel, as in the public code, or "squared_distance"
+        of whole maps.
+      p: Power of the attention map.
+      reduction: "sum" or "mean" over channels.
+      teacher_epochs: Fine-tuning that makes the teacher.
+      beta_factors: Multiples of `betas` to try; held-out accuracy decides.
+      accuracy_tolerance: What held-out accuracy may lose for a larger factor.
+    """
+
+    betas: Mapping[str, float]
+    beta_unit: str = "mean_square"
+    p: float = 2.0
+    reduction: str = "sum"
+    teacher_epochs: int = 10
+    beta_factors: tuple[float, ...] = (1.0,)
+    accuracy_tolerance: float = 0.01
+
+    def __post_init__(self):
+        _check_name(self, "beta_unit", ("mean_square", "squared_distance"))
+        _check_name(self, "reduction", ("sum", "mean"))
+        _check(self, "p", self.p > 0, "> 0")
+        _check(self, "teacher_epochs", self.teacher_epochs >= 1, "at least 1")
+        good = bool(self.beta_factors) and min(self.beta_factors) >= 0
+        _check(self, "beta_factors", good, "one or more numbers >= 0")
+        _check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinePruningSettings:
+    """`max_accuracy_drop`: what held-out accuracy may lose by pruning, a fraction."""
+
+    max_accuracy_drop: float = 0.04
+
+    def __post_init__(self):
+        _check(self, "max_accuracy_drop", self.max_accuracy_drop >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeConnectivitySettings:
+    """The curve of `nad_jax.defenses.mode_connectivity`.
+
+    Attributes:
+      position: Of the repaired net, 0 = victim, 1 = fine-tuned copy.
+      learning_rate: Peak rate for the curve; its schedule is that of the tuning.
+    """
+
+    position: float = 0.1
+    learning_rate: float = 0.01
+
+    def __post_init__(self):
+        _check(self, "position", 0 <= self.position <= 1, "in [0, 1]")
+        _check(self, "learning_rate", self.learning_rate > 0, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairSettings:
+    """The defender of a float model: one budget, and every defence to compare in it.
+
+    Attributes:
+      training: Optimiser, schedule and augmentation of every repair.
+      nad: The attention term.
+      rows: Which rows to compute, of `REPAIRS`.
+      clean_fraction: Share of the training set that the defender has, clean.
+      validation_fraction: Share of those that is held out for decisions.
+      patience: See `TuningSettings`.
+      sharpness_radius: SAM's, for the rows that use it.
+      fine_pruning: Its settings.
+      mode_connectivity: Its settings.
+    """
+
+    training: TrainingSettings
+    nad: NadSettings
+    rows: tuple[str, ...] = REPAIRS
+    clean_fraction: float = 0.05
+    validation_fraction: float = 0.1
+    patience: int | None = None
+    sharpness_radius: float = 0.1
+    fine_pruning: FinePruningSettings = dataclasses.field(
+        default_factory=FinePruningSettings
+    )
+    mode_connectivity: ModeConnectivitySettings = dataclasses.field(
+        default_factory=ModeConnectivitySettings
+    )
+
+    def __post_init__(self):
+        for name in self.rows:
+            if name not in REPAIRS:
+                raise InputError(f"rows must be of {', '.join(REPAIRS)}, got {name!r}")
+        _check(self, "clean_fraction", 0 < self.clean_fraction <= 1, "in (0, 1]")
+        good = 0 <= self.validation_fraction < 1
+        _check(self, "validation_fraction", good, "in [0, 1)")
+        _check(self, "sharpness_radius", self.sharpness_radius > 0, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentSettings:
     """Everything a run of `configs/efrap.py` reads.
 
@@ -224,6 +400,7 @@ class ExperimentSettings:
       defense: The grid and the roundings.
       victim_workdir: Workdir of an earlier run whose models are used instead of
         training new ones; None = train.
+      job: "efrap".
     """
 
     title: str
@@ -234,10 +411,58 @@ class ExperimentSettings:
     defense: QuantizationSettings
     seeds: tuple[int, ...] = (0,)
     victim_workdir: str | None = None
+    job: str = "efrap"
 
     def __post_init__(self):
-        _check(self, "seeds", len(self.seeds) > 0, "at least one")
-        _check(self, "seeds", len(set(self.seeds)) == len(self.seeds), "all different")
+        _check_name(self, "job", ("efrap",))
+        _check_seeds(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class NadExperimentSettings:
+    """Everything a run of `configs/nad.py` reads.
+
+    Attributes:
+      title: Head of the report.
+      data: Images.
+      model: Architecture.
+      victim: Training of the backdoored and of the clean model.
+      attack: What is done to the training data of the backdoored one.
+      defense: The repairs.
+      seeds: The whole pipeline is repeated for each.
+      victim_workdir: Workdir of an earlier run whose models are used instead of
+        training new ones; None = train.
+      job: "nad".
+    """
+
+    title: str
+    data: DataSettings
+    model: ModelSettings
+    victim: TrainingSettings
+    attack: PoisoningSettings
+    defense: RepairSettings
+    seeds: tuple[int, ...] = (0,)
+    victim_workdir: str | None = None
+    job: str = "nad"
+
+    def __post_init__(self):
+        _check_name(self, "job", ("nad",))
+        _check_seeds(self)
+
+
+JOBS: dict[str, type] = {"efrap": ExperimentSettings, "nad": NadExperimentSettings}
+
+
+def parse(mapping: Mapping[str, Any]) -> Any:
+    """The settings of the job that a whole config names in `job`.
+
+    Raises:
+      InputError: an unknown job, or as `from_mapping`.
+    """
+    job = mapping.get("job")
+    if job not in JOBS:
+        raise InputError(f"config.job must be of {', '.join(JOBS)}, got {job!r}")
+    return from_mapping(JOBS[job], mapping)
 
 
 def from_mapping(cls: type, mapping: Mapping[str, Any], where: str = "config") -> Any:
@@ -311,6 +536,12 @@ def _check(settings: Any, name: str, good: bool, accepted: str) -> None:
 
 def _check_name(settings: Any, name: str, known: tuple[str, ...]) -> None:
     _check(settings, name, getattr(settings, name) in known, f"of {', '.join(known)}")
+
+
+def _check_seeds(settings: Any) -> None:
+    seeds = settings.seeds
+    _check(settings, "seeds", len(seeds) > 0, "at least one")
+    _check(settings, "seeds", len(set(seeds)) == len(seeds), "all different")
 
 
 def _check_bits(settings: Any, name: str, *, optional: bool = False) -> None:

@@ -115,7 +115,7 @@ def nad_loss(
       >>> def loss(scale):
       ...     features = {"stage1": left + scale}
       ...     return nad_loss(features, {"stage1": right}, betas={"stage1": 500}).mean()
-      >>> value, gradient = jax.value_and_grad(loss)(1.0)
+      >>> value, gradient = jax.jit(jax.value_and_grad(loss))(1.0)
 
     References:
       Li et al., "Neural Attention Distillation", ICLR 2021, equation 3.

@@ -62,11 +62,13 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+        return -self.qmax if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        # A NumPy integer would not mix with float32 under strict dtype promotion.
+        bits = int(self.bits)
+        return 2 ** (bits - 1) - 1 if self.symmetric else 2**bits - 1
 
     @property
     def dtype(self):
@@ -99,7 +101,9 @@ def params_from_range(low, high, spec: QuantSpec) -> QuantParams:
     if spec.symmetric:
         scale = jnp.maximum(-low, high) / jnp.float32(spec.qmax)
     else:
-        scale = (high - low) / jnp.float32(spec.qmax)
+        # The width of [-3e38, 3e38] is not a float32, and 0 * inf not a number.
+        width = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
+        scale = width / jnp.float32(spec.qmax)
     # An empty range, or one so small that the division underflows: any positive
     # step represents it equally well.
     scale = jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.float32(1))
@@ -127,6 +131,11 @@ def calibrate(
 
     Gradients: none; calibration is a measurement (`stop_gradient` on x).
     """
+    return params_from_range(*_range(x, spec, shrinks), spec)
+
+
+def _range(x, spec: QuantSpec, shrinks: tuple[float, ...]):
+    """Range `(low, high)` by the range method of `spec`, low <= 0 <= high."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     if spec.channel_axis is None:
         axes = tuple(range(x.ndim))
@@ -137,38 +146,36 @@ def calibrate(
                 f"shape {x.shape}"
             )
         axes = tuple(a for a in range(x.ndim) if a != spec.channel_axis % x.ndim)
-    if spec.range_method == "absmax":
-        high = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-        return params_from_range(-high, high, spec)
-    low = jnp.min(x, axis=axes, keepdims=True)
-    high = jnp.max(x, axis=axes, keepdims=True)
-    if spec.range_method == "minmax":
-        return params_from_range(low, high, spec)
+    low = jnp.min(x, axis=axes, keepdims=True, initial=0.0)
+    high = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
+    largest = jnp.maximum(-low, high)
+    if spec.symmetric or spec.range_method == "absmax":
+        low, high = -largest, largest
+    if spec.range_method != "mse":
+        return low, high
+    # Errors in units of the range: the square of 1e-25 is 0 in float32, of 1e25 inf.
+    unit = jnp.where(largest > jnp.finfo(jnp.float32).tiny, largest, jnp.float32(1))
 
-    def try_shrink(best, shrink):
-        best_error, best_shrink = best
+    def error(shrink):
         params = params_from_range(low * shrink, high * shrink, spec)
-        error = jnp.mean(
-            jnp.square(fake_quant(x, params, spec) - x), axis=axes, keepdims=True
-        )
-        better = error < best_error
-        return (
-            jnp.where(better, error, best_error),
-            jnp.where(better, shrink, best_shrink),
-        ), None
+        missed = (fake_quant(x, params, spec) - x) / unit
+        return jnp.mean(jnp.square(missed), axis=axes, keepdims=True)
 
-    start = (jnp.full(low.shape, jnp.inf, jnp.float32), jnp.ones(low.shape))
-    (_, shrink), _ = jax.lax.scan(try_shrink, start, jnp.asarray(shrinks, jnp.float32))
-    return params_from_range(low * shrink, high * shrink, spec)
+    factors = jnp.asarray(shrinks, jnp.float32)
+    # argmin returns the first of equal errors.
+    shrink = factors[jnp.argmin(jax.lax.map(error, factors), axis=0)]
+    return low * shrink, high * shrink
 
 
 def quantize(x: jax.Array, params: QuantParams, spec: QuantSpec) -> jax.Array:
     """Codes of the grid points nearest to `x`, ties to even; int8 or uint8."""
-    steps = jnp.round(x.astype(jnp.float32) / params.scale)
-    codes = jnp.clip(
-        steps + params.zero_point.astype(jnp.float32), spec.qmin, spec.qmax
-    )
+    codes = jnp.clip(_unclipped_codes(x, params), spec.qmin, spec.qmax)
     return codes.astype(spec.dtype)
+
+
+def _unclipped_codes(x, params):
+    steps = jnp.round(x.astype(jnp.float32) / params.scale)
+    return steps + params.zero_point.astype(jnp.float32)
 
 
 def dequantize(codes: jax.Array, params: QuantParams) -> jax.Array:
@@ -194,8 +201,9 @@ def fake_quant(x: jax.Array, params: QuantParams, spec: QuantSpec) -> jax.Array:
 
     Equal to `dequantize(quantize(x, params, spec), params)` in value and in x's dtype.
 
-    Gradients: straight-through inside the representable range, 0 outside; the grid
-    itself (`params`) is held constant.
+    Gradients: straight-through where the nearest code exists, 0 where it is clipped;
+    the end points of the range count as inside, with up to half a step beyond them.
+    The grid itself (`params`) is held constant.
 
     Example:
       >>> spec = QuantSpec(bits=4, channel_axis=None)
@@ -204,12 +212,14 @@ def fake_quant(x: jax.Array, params: QuantParams, spec: QuantSpec) -> jax.Array:
       [-0.699999988079071, 0.10000000149011612, 0.30000001192092896]
     """
     params = jax.lax.stop_gradient(params)
-    zero_point = params.zero_point.astype(jnp.float32)
-    low = params.scale * (jnp.float32(spec.qmin) - zero_point)
-    high = params.scale * (jnp.float32(spec.qmax) - zero_point)
     on_grid = dequantize(quantize(x, params, spec), params)
-    in_range = jnp.clip(x.astype(jnp.float32), low, high)
-    return straight_through(in_range, on_grid).astype(x.dtype)
+    # Decided on codes: clipping x itself would leave the weight that sets the scale
+    # with the gradient 1, 1/2 or 0, depending on the last bit of the scale.
+    codes = _unclipped_codes(x, params)
+    representable = (codes >= spec.qmin) & (codes <= spec.qmax)
+    x_float = x.astype(jnp.float32)
+    moving = jnp.where(representable, x_float, jax.lax.stop_gradient(x_float))
+    return straight_through(moving, on_grid).astype(x.dtype)
 
 
 def calibrate_activations(
@@ -237,11 +247,10 @@ def calibrate_activations(
         )
     # One row is one tensor: calibrating along axis 0 gives each its own range.
     rows = dataclasses.replace(spec, channel_axis=0)
-    per_batch = calibrate(batches, rows, shrinks=ACTIVATION_SHRINKS)
-    zero_point = per_batch.zero_point.astype(jnp.float32)
-    lows = per_batch.scale * (jnp.float32(spec.qmin) - zero_point)
-    highs = per_batch.scale * (jnp.float32(spec.qmax) - zero_point)
-    steps = jnp.arange(batches.shape[0], 0, -1, dtype=jnp.float32) - 1.0
-    weights = jnp.float32(ema) ** steps * jnp.float32(1.0 - ema)
-    weights = weights.at[0].divide(jnp.float32(1.0 - ema))[:, None]
+    # Ranges, not grids: the grid of a batch of zeros has an arbitrary scale of 1.
+    lows, highs = _range(batches, rows, ACTIVATION_SHRINKS)
+    age = jnp.arange(batches.shape[0] - 1, -1, -1, dtype=jnp.float32)
+    is_first = age == batches.shape[0] - 1
+    share = jnp.where(is_first, jnp.float32(1), jnp.float32(1.0 - ema))
+    weights = (jnp.float32(ema) ** age * share)[:, None]
     return params_from_range(jnp.sum(weights * lows), jnp.sum(weights * highs), spec)

@@ -93,7 +93,8 @@ def flipped_rounding(placement: Placement) -> jax.Array:
 
 def stochastic_rounding(key: jax.Array, placement: Placement) -> jax.Array:
     """Up with probability `fraction`: unbiased, E[rounded weight] = weight."""
-    up = jax.random.uniform(key, placement.fraction.shape) < placement.fraction
+    draw = jax.random.uniform(key, placement.fraction.shape, jnp.float32)
+    up = draw < placement.fraction
     return up.astype(jnp.float32)
 
 
@@ -173,6 +174,9 @@ def rounding_error(
 
 
 def flip_rate(placement: Placement, rounding: jax.Array) -> jax.Array:
-    """Share of all weights (pinned ones included) not rounded to nearest; in [0, 1]."""
+    """Share of all weights (pinned ones included) not rounded to nearest; in [0, 1].
+
+    0 for a tensor without weights.
+    """
     flipped = (rounding != placement.nearest) & placement.free
-    return jnp.mean(flipped.astype(jnp.float32))
+    return jnp.sum(flipped.astype(jnp.float32)) / jnp.float32(max(flipped.size, 1))

@@ -14,16 +14,23 @@ so the images are needed only for H, g and E r^2. With d = step * (rounding - fr
 and a price for every weight that stays at nearest (EFRAP's flip term at the vertices),
 choosing the rounding is a quadratic problem over {0, 1}^K, one per channel.
 
-`coordinate_descent` descends it by single flips; it is monotone and ends in a point
-that no single flip improves. That is a local optimum, not a proof of the global one.
+`coordinate_descent` descends it by single flips; it is monotone and, given sweeps
+enough, ends in a point that no single flip improves. That is a local optimum, not a
+proof of the global one.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nad_jax import errors
+
+
+# Float32 products everywhere: accelerators multiply in bfloat16 or TF32 unless told
+# otherwise, and the slopes of a descent would drift away from its objective.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Moments(NamedTuple):
@@ -45,10 +52,10 @@ class Moments(NamedTuple):
 def zero_moments(num_inputs: int, num_outputs: int) -> Moments:
     """The moments of no rows at all."""
     return Moments(
-        jnp.zeros((num_inputs, num_inputs)),
-        jnp.zeros((num_inputs, num_outputs)),
-        jnp.zeros((num_outputs,)),
-        jnp.zeros(()),
+        jnp.zeros((num_inputs, num_inputs), jnp.float32),
+        jnp.zeros((num_inputs, num_outputs), jnp.float32),
+        jnp.zeros((num_outputs,), jnp.float32),
+        jnp.zeros((), jnp.float32),
     )
 
 
@@ -59,16 +66,19 @@ def add_rows(
 
     Args:
       moments: What was counted before.
-      inputs: `[n, K]` layer inputs of the quantized network.
+      inputs: `[n, K]` layer inputs of the quantized network, float of any width.
       drift: `[n, C]`, output of the float weights on `inputs` minus the float
         network's output.
       with_gram: False leaves the Gram matrix as it is: layers fed by the same tensor
         share one.
     """
-    gram = moments.gram + inputs.T @ inputs if with_gram else moments.gram
+    inputs, drift = inputs.astype(jnp.float32), drift.astype(jnp.float32)
+    gram = moments.gram
+    if with_gram:
+        gram = gram + _matmul(inputs.T, inputs)
     return Moments(
         gram,
-        moments.drift + inputs.T @ drift,
+        moments.drift + _matmul(inputs.T, drift),
         moments.drift_power + jnp.sum(jnp.square(drift), axis=0),
         moments.count + jnp.float32(inputs.shape[0]),
     )
@@ -130,7 +140,7 @@ def rounding_problem(
 def output_error(problem: RoundingProblem, rounding: jax.Array) -> jax.Array:
     """J_c, mean squared output error of each channel `[C]`, without the flip price."""
     change = problem.step * (rounding - problem.fraction)
-    slope = problem.gram @ change + 2.0 * problem.drift
+    slope = _matmul(problem.gram, change) + 2.0 * problem.drift
     return jnp.sum(change * slope, axis=0) + problem.drift_power
 
 
@@ -177,11 +187,16 @@ def coordinate_descent(
 
     Returns:
       A `Solution`; its trace never rises (up to float32 rounding of the trace itself).
+      With `sweeps` below `max_sweeps`, no single flip would gain more than a millionth
+      of what its weight has at stake (`step^2 * H_kk + stay_cost`).
+
+    Gradients: none (`stop_gradient`).
     """
+    problem, start = jax.lax.stop_gradient((problem, start))
     num_inputs, num_outputs = problem.fraction.shape
-    block_size = min(block_size, num_inputs)
-    padding = -num_inputs % block_size
-    num_blocks = (num_inputs + padding) // block_size
+    block_size = max(min(block_size, num_inputs), 1)
+    num_blocks = max(-(-num_inputs // block_size), 1)
+    padding = num_blocks * block_size - num_inputs
 
     # Padded weights have step 0, so no flip of theirs ever pays.
     def pad(x, axes):
@@ -195,8 +210,9 @@ def coordinate_descent(
     diagonal = jnp.diagonal(gram)[:, None]
     # Price of rounding 1 minus price of rounding 0.
     price_up = jnp.where(nearest == 1.0, stay_cost, -stay_cost)
-    # A flip must beat the rounding noise of its own gain, or float32 could cycle.
-    least_gain = 1e-6 * step * step * diagonal
+    # A flip must beat the rounding noise of its own gain, or float32 could cycle: near
+    # a tie, the part of the gain that balances the price is as large as the price.
+    least_gain = 1e-6 * (step * step * diagonal + stay_cost)
 
     def visit(k, carry, block_gram, constants):
         rounding, slope, moved = carry
@@ -233,12 +249,12 @@ def coordinate_descent(
             0,
             block_size,
             lambda k, c: visit(k, c, block_gram, constants),
-            (rows(rounding), rows(slope), jnp.zeros((block_size, num_outputs))),
+            (rows(rounding), rows(slope), jnp.zeros_like(rows(slope))),
         )
         rounding = jax.lax.dynamic_update_slice_in_dim(
             rounding, block_rounding, first, axis=0
         )
-        return rounding, slope + columns @ moved
+        return rounding, slope + _matmul(columns, moved)
 
     def total(rounding):
         return jnp.sum(objective(problem, rounding[:num_inputs]))
@@ -248,7 +264,7 @@ def coordinate_descent(
         swept, slope = jax.lax.fori_loop(0, num_blocks, visit_block, (rounding, slope))
         changed = jnp.any(swept != rounding)
         sweeps = sweeps + changed.astype(jnp.int32)
-        steps = jnp.arange(max_sweeps + 1)
+        steps = jnp.arange(max_sweeps + 1, dtype=jnp.int32)
         trace = jnp.where((steps >= sweeps) & changed, total(swept), trace)
         return swept, slope, trace, sweeps, changed
 
@@ -257,7 +273,7 @@ def coordinate_descent(
 
     start = pad(start.astype(jnp.float32), (0,))
     change = step * (start - fraction)
-    slope = gram @ change + pad(problem.drift, (0,))
+    slope = _matmul(gram, change) + pad(problem.drift, (0,))
     trace = jnp.full((max_sweeps + 1,), total(start))
     rounding, _, trace, sweeps, _ = jax.lax.while_loop(
         unfinished, sweep, (start, slope, trace, jnp.int32(0), jnp.bool_(True))

@@ -152,7 +152,10 @@ def _read_class_names(directory: pathlib.Path, num_classes: int) -> tuple[str, .
     path = directory / "label.labels.txt"
     if not path.exists():
         return ()
-    return tuple(path.read_text(encoding="utf-8").split("\n")[:num_classes])
+    try:
+        return tuple(path.read_text(encoding="utf-8").split("\n")[:num_classes])
+    except (OSError, ValueError) as error:
+        raise errors.InputError(f"{path}: {sources.first_line(error)}") from error
 
 
 def _read_json(path: pathlib.Path) -> Any:

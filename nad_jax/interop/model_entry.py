@@ -9,6 +9,7 @@ the caller names one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from nad_jax import errors
 from nad_jax.interop import bounded_file, limits
@@ -19,6 +20,7 @@ FLAX_COLLECTIONS = ("params", "batch_stats")
 _TOP_LEVEL = "(top level)"
 _PARALLEL_PREFIX = "module."
 
+Array = TypeVar("Array")
 Selected = tuple[dict[str, StoredArray], dict[str, object]]
 
 
@@ -45,8 +47,8 @@ def select_state_dict(
             )
         arrays[name] = value
     # Checked before too: a name of megabytes must not be copied around.
-    arrays = _without_parallel_prefix(_checked_names(arrays, file))
-    return _checked_names(arrays, file), _scalars(top)
+    arrays = without_parallel_prefix(checked_names(arrays, file))
+    return checked_names(arrays, file), _scalars(top)
 
 
 def select_collections(
@@ -63,11 +65,11 @@ def select_collections(
         candidates[_TOP_LEVEL] = top
     if not candidates and entry is None:
         # Parameters alone, as `to_bytes(params)` writes them.
-        return _checked_names(_flatten(top, file), file), {}
+        return checked_names(_flatten(top, file), file), {}
     wrappers = [name for name in (*WRAPPERS, _TOP_LEVEL) if name in candidates]
     chosen = candidates[_choose(file, wrappers, candidates, entry)]
     wanted = {key: chosen[key] for key in FLAX_COLLECTIONS if key in chosen}
-    return _checked_names(_flatten(wanted, file), file), _scalars(top)
+    return checked_names(_flatten(wanted, file), file), _scalars(top)
 
 
 def _choose(
@@ -142,7 +144,7 @@ def _walk(
             yield name, value
 
 
-def _without_parallel_prefix(arrays: dict[str, StoredArray]) -> dict[str, StoredArray]:
+def without_parallel_prefix(arrays: dict[str, Array]) -> dict[str, Array]:
     """Names without the `module.` that DataParallel puts before every one of them."""
     # Twice at most: a data-parallel model inside a distributed one.
     for _ in range(2):
@@ -154,9 +156,10 @@ def _without_parallel_prefix(arrays: dict[str, StoredArray]) -> dict[str, Stored
     return arrays
 
 
-def _checked_names(
-    arrays: dict[str, StoredArray], file: bounded_file.BoundedFile
-) -> dict[str, StoredArray]:
+def checked_names(
+    arrays: dict[str, Array], file: bounded_file.BoundedFile
+) -> dict[str, Array]:
+    """`arrays` again; `InputError` if there is none, too many, or an odd name."""
     if not arrays:
         raise file.error("its model entry is empty")
     if len(arrays) > limits.MAX_TENSORS:

@@ -17,6 +17,7 @@ import numpy as np
 
 from nad_jax.interop import (
     bounded_file,
+    model_entry,
     msgpack_reader,
     safetensors_reader,
     stored_array,
@@ -70,6 +71,8 @@ def read_checkpoint(
             if entry is not None:
                 raise file.error("a safetensors file has no entries; leave entry out")
             arrays, metadata = safetensors_reader.read_open_file(file)
+            arrays = model_entry.without_parallel_prefix(arrays)
+            arrays = model_entry.checked_names(arrays, file)
         _check_finite(arrays, file)
     return Checkpoint(arrays, format_name, dict(metadata))
 

@@ -102,29 +102,41 @@ def conv(
     )
 
 
-def batch_norm(
-    x: jax.Array, *, train: bool, dtype: DTypeLike, axis_name: str | None, name: str
-) -> jax.Array:
-    """`x` through a BatchNorm with PyTorch's default constants, returned as `dtype`.
+class BatchNorm(nn.BatchNorm):
+    """flax's BatchNorm in float32, returning the dtype it was given.
 
-    The arithmetic is float32 in every case. flax does the same for bfloat16, but by
-    implicit promotion, which strict dtype rules forbid; so the casts are written out.
+    flax computes bfloat16 inputs in float32 as well, but by implicit promotion, which
+    strict dtype rules forbid. The casts are inside the module so that a hook sees the
+    convolution's own output arrive here.
     """
-    layer = nn.BatchNorm(
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        y = super().__call__(x.astype(jnp.float32), use_running_average, mask=mask)
+        return y.astype(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """flax's LayerNorm in float32, returning the dtype it was given."""
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        return super().__call__(x.astype(jnp.float32), mask=mask).astype(x.dtype)
+
+
+def batch_norm(*, train: bool, axis_name: str | None, name: str) -> BatchNorm:
+    """A BatchNorm with PyTorch's default constants; see the module docstring."""
+    return BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        dtype=jnp.float32,
         axis_name=axis_name,
         name=name,
     )
-    return layer(x.astype(jnp.float32)).astype(dtype)
-
-
-def layer_norm(x: jax.Array, *, dtype: DTypeLike, name: str) -> jax.Array:
-    """`x` through a LayerNorm over channels, in float32 and returned as `dtype`."""
-    layer = nn.LayerNorm(dtype=jnp.float32, name=name)
-    return layer(x.astype(jnp.float32)).astype(dtype)
 
 
 def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:

@@ -54,18 +54,15 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(common.conv, self.channels, dtype=self.dtype)
         norm = functools.partial(
-            common.batch_norm,
-            train=train,
-            dtype=self.dtype,
-            axis_name=self.bn_axis_name,
+            common.batch_norm, train=train, axis_name=self.bn_axis_name
         )
-        activated = nn.relu(norm(x, name="bn1"))
+        activated = nn.relu(norm(name="bn1")(x))
         if x.shape[-1] != self.channels or self.stride != 1:
             shortcut = conv(1, self.stride, name="shortcut")(activated)
         else:
             shortcut = x
         y = conv(3, self.stride, name="conv1")(activated)
-        y = nn.relu(norm(y, name="bn2"))
+        y = nn.relu(norm(name="bn2")(y))
         y = conv(3, name="conv2")(y)
         return shortcut + y
 

@@ -58,18 +58,15 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(common.conv, self.channels, dtype=self.dtype)
         norm = functools.partial(
-            common.batch_norm,
-            train=train,
-            dtype=self.dtype,
-            axis_name=self.bn_axis_name,
+            common.batch_norm, train=train, axis_name=self.bn_axis_name
         )
         y = conv(3, self.stride, name="conv1")(x)
-        y = nn.relu(norm(y, name="bn1"))
+        y = nn.relu(norm(name="bn1")(y))
         y = conv(3, name="conv2")(y)
-        y = norm(y, name="bn2")
+        y = norm(name="bn2")(y)
         if x.shape[-1] != self.channels or self.stride != 1:
             x = conv(1, self.stride, name="shortcut")(x)
-            x = norm(x, name="shortcut_bn")
+            x = norm(name="shortcut_bn")(x)
         return nn.relu(x + y)
 
 
@@ -90,9 +87,7 @@ class ResNet(nn.Module):
         common.check_images(images)
         channels = [common.scaled(c, self.width) for c in self.stage_channels]
         x = common.conv(channels[0], 3, dtype=self.dtype, name="conv1")(images)
-        x = common.batch_norm(
-            x, train=train, dtype=self.dtype, axis_name=self.bn_axis_name, name="bn1"
-        )
+        x = common.batch_norm(train=train, axis_name=self.bn_axis_name, name="bn1")(x)
         x = nn.relu(x)
 
         features = {}

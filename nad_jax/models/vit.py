@@ -58,7 +58,7 @@ class Block(nn.Module):
         def split_heads(tokens: jax.Array) -> jax.Array:
             return tokens.reshape(batch, height * width, self.heads, head_dim)
 
-        y = common.layer_norm(x, dtype=self.dtype, name="norm1")
+        y = common.LayerNorm(name="norm1")(x)
         query = split_heads(dense(dim, name="query")(y))
         key = split_heads(dense(dim, name="key")(y))
         value = split_heads(dense(dim, name="value")(y))
@@ -68,7 +68,7 @@ class Block(nn.Module):
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         x = x + dense(dim, name="out")(mixed.reshape(x.shape))
 
-        y = common.layer_norm(x, dtype=self.dtype, name="norm2")
+        y = common.LayerNorm(name="norm2")(x)
         y = nn.gelu(dense(self.mlp_dim, name="mlp_in")(y), approximate=False)
         return x + dense(dim, name="mlp_out")(y)
 
@@ -121,7 +121,7 @@ class VisionTransformer(nn.Module):
             )(x)
             features[f"stage{block}"] = x
 
-        x = common.layer_norm(x, dtype=self.dtype, name="norm")
+        x = common.LayerNorm(name="norm")(x)
         return common.pool_and_classify(x, self.num_classes), features
 
 

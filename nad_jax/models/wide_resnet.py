@@ -46,12 +46,9 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(common.conv, self.channels, dtype=self.dtype)
         norm = functools.partial(
-            common.batch_norm,
-            train=train,
-            dtype=self.dtype,
-            axis_name=self.bn_axis_name,
+            common.batch_norm, train=train, axis_name=self.bn_axis_name
         )
-        activated = nn.relu(norm(x, name="bn1"))
+        activated = nn.relu(norm(name="bn1")(x))
         # The original asks for the channels only. At extreme `width` rounding can make
         # them equal across a stride, where an identity would not fit.
         if x.shape[-1] != self.channels or self.stride != 1:
@@ -59,7 +56,7 @@ class Block(nn.Module):
         else:
             shortcut = x
         y = conv(3, self.stride, name="conv1")(activated)
-        y = nn.relu(norm(y, name="bn2"))
+        y = nn.relu(norm(name="bn2")(y))
         y = conv(3, name="conv2")(y)
         return shortcut + y
 
@@ -96,9 +93,7 @@ class WideResNet(nn.Module):
                 )(x, train=train)
             features[f"stage{group}"] = x
 
-        x = common.batch_norm(
-            x, train=train, dtype=self.dtype, axis_name=self.bn_axis_name, name="bn1"
-        )
+        x = common.batch_norm(train=train, axis_name=self.bn_axis_name, name="bn1")(x)
         return common.pool_and_classify(nn.relu(x), self.num_classes), features
 
 

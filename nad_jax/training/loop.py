@@ -7,6 +7,7 @@ metrics. A batch is a function of (state.key, state.epoch, state.step) and nothi
 else, which is why continuing from a saved state is exact.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,12 +82,9 @@ def fit(
             on purpose: continue from the state of the last `on_epoch`.
     """
     images, labels = _resident(images, labels)
-
-    @jax.jit
-    def order_of_epoch(key: jax.Array, epoch: jax.Array) -> jax.Array:
-        key = state_lib.derive_key(key, state_lib.SHUFFLE)
-        return batches.epoch_indices(key, epoch, images.shape[0], batch_size)
-
+    order_of_epoch = functools.partial(
+        _order_of_epoch, num_examples=images.shape[0], batch_size=batch_size
+    )
     order = jax.eval_shape(order_of_epoch, state.key, state.epoch)
     steps_per_epoch, examples_per_step = order.shape
     _check_start(state, steps_per_epoch)
@@ -130,6 +128,15 @@ def _resident(images: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
             f"labels must be [{images.shape[0]}], one per image, got {labels.shape}"
         )
     return jnp.asarray(images), jnp.asarray(labels).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
+def _order_of_epoch(
+    key: jax.Array, epoch: jax.Array, *, num_examples: int, batch_size: int
+) -> jax.Array:
+    """Indices `[steps, B]` of the images of one epoch."""
+    key = state_lib.derive_key(key, state_lib.SHUFFLE)
+    return batches.epoch_indices(key, epoch, num_examples, batch_size)
 
 
 def _check_start(state: state_lib.TrainState, steps_per_epoch: int) -> None:

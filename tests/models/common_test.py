@@ -31,25 +31,14 @@ def test_stride_2_samples_the_even_pixels_as_pytorch_does(size, height_width, or
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-class _Norm(nn.Module):
-    train: bool
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        return common.batch_norm(
-            x,
-            train=self.train,
-            dtype=jnp.float32,
-            axis_name=self.axis_name,
-            name="bn",
-        )
+def _norm(train, axis_name=None):
+    return common.batch_norm(train=train, axis_name=axis_name, name="bn")
 
 
 def _norm_variables(*, scale, bias, mean, var):
     return {
-        "params": {"bn": {"scale": jnp.array(scale), "bias": jnp.array(bias)}},
-        "batch_stats": {"bn": {"mean": jnp.array(mean), "var": jnp.array(var)}},
+        "params": {"scale": jnp.array(scale), "bias": jnp.array(bias)},
+        "batch_stats": {"mean": jnp.array(mean), "var": jnp.array(var)},
     }
 
 
@@ -59,21 +48,38 @@ def test_batch_norm_moves_its_statistics_a_tenth_of_the_way():
     variables = _norm_variables(
         scale=[1.0, 2.0], bias=[0.0, 1.0], mean=[1.0, -1.0], var=[4.0, 9.0]
     )
-    y, updates = _Norm(train=True).apply(variables, x, mutable=["batch_stats"])
+    y, updates = _norm(train=True).apply(variables, x, mutable=["batch_stats"])
     mean = x.mean(axis=(0, 1, 2), dtype=np.float64)
     var = x.var(axis=(0, 1, 2), dtype=np.float64)
-    stats = updates["batch_stats"]["bn"]
+    stats = updates["batch_stats"]
     np.testing.assert_allclose(stats["mean"], [0.9, -0.9] + 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(stats["var"], [3.6, 8.1] + 0.1 * var, rtol=1e-5)
     expected = (x - mean) / np.sqrt(var + 1e-5) * [1.0, 2.0] + [0.0, 1.0]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
-    y, updates = _Norm(train=False).apply(variables, x, mutable=["batch_stats"])
+    y, updates = _norm(train=False).apply(variables, x, mutable=["batch_stats"])
     expected = (x - [1, -1]) / np.sqrt(np.array([4, 9]) + 1e-5) * [1, 2] + [0, 1]
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    stats = updates["batch_stats"]["bn"]
+    stats = updates["batch_stats"]
     np.testing.assert_array_equal(stats["mean"], [1.0, -1.0])
     np.testing.assert_array_equal(stats["var"], [4.0, 9.0])
+
+
+def test_norms_compute_in_float32_and_return_the_dtype_they_were_given():
+    """1000 +- 1 has no spread left if the mean is taken in bfloat16 (spacing 4)."""
+    x = jnp.asarray([[996.0, 1000.0, 1004.0, 1000.0]], jnp.bfloat16).T
+    batch = _norm_variables(scale=[1.0], bias=[0.0], mean=[0.0], var=[1.0])
+    layer = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+
+    @jax.jit
+    def run(x):
+        over_batch, _ = _norm(train=True).apply(batch, x, mutable=["batch_stats"])
+        return over_batch, common.LayerNorm().apply(layer, x.T)
+
+    for y in run(x):
+        assert y.dtype == jnp.bfloat16
+        expected = np.array([-1.0, 0.0, 1.0, 0.0]) * np.sqrt(2)
+        np.testing.assert_allclose(np.float32(y).ravel(), expected, rtol=0.01)
 
 
 def test_batch_norm_over_a_named_axis_sees_the_whole_batch():
@@ -84,7 +90,7 @@ def test_batch_norm_over_a_named_axis_sees_the_whole_batch():
     )
 
     def update(axis_name):
-        layer = _Norm(train=True, axis_name=axis_name)
+        layer = _norm(train=True, axis_name=axis_name)
         return lambda x: layer.apply(variables, x, mutable=["batch_stats"])
 
     @jax.jit
@@ -95,7 +101,7 @@ def test_batch_norm_over_a_named_axis_sees_the_whole_batch():
     whole, synced, alone = run(x, x.reshape(4, 2, 2, 2, 3))
     np.testing.assert_allclose(synced[0].reshape(x.shape), whole[0], atol=1e-5)
     stats, synced_stats, alone_stats = (
-        updates["batch_stats"]["bn"] for _, updates in (whole, synced, alone)
+        updates["batch_stats"] for _, updates in (whole, synced, alone)
     )
     for name, value in stats.items():
         for shard in synced_stats[name]:

@@ -252,8 +252,8 @@ def test_leftovers_of_a_killed_save_are_ignored_and_then_removed(two_steps):
     (two_steps / "2").rename(two_steps / "2.orbax-checkpoint-tmp")
     assert checkpoints.steps(two_steps) == [1]
     assert checkpoints.restore(two_steps, small_tree())[1] == {"epoch": 1}
-    checkpoints.save(two_steps, 2, small_tree(2))
-    assert sorted(os.listdir(two_steps)) == ["1", "2"]
+    checkpoints.save(two_steps, 3, small_tree(3))
+    assert sorted(os.listdir(two_steps)) == ["1", "3"]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,18 @@ def toy_net() -> ToyNet:
 
 @pytest.fixture(scope="session")
 def toy_variables(toy_net: ToyNet) -> Any:
-    return toy_net.init(jax.random.key(7), jnp.zeros((1, 6, 6, 1)))
+    """Made without `toy_net.init`, most of whose seconds go into compiling it."""
+    shapes = jax.eval_shape(toy_net.init, jax.random.key(7), jnp.zeros((1, 6, 6, 1)))
+    generator = np.random.default_rng(7)
+
+    def fill(path, shape):
+        if path[-1].key == "kernel":
+            values = generator.normal(size=shape.shape, scale=0.5)
+        else:
+            values = np.full(shape.shape, path[-1].key in ("scale", "var"))
+        return jnp.asarray(values.astype(np.float32))
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @pytest.fixture(scope="session")

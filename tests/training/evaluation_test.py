@@ -149,10 +149,19 @@ def test_one_program_serves_all_batches_and_all_variables(
 
 def test_variables_that_live_on_a_mesh_are_welcome(variables):
     images, labels = dataset(11)
+    expected = evaluation.evaluate(linear, variables, images, labels)
     spread = sharding.replicate(variables, sharding.data_mesh())
-    assert evaluation.evaluate(linear, spread, images, labels) == evaluation.evaluate(
-        linear, variables, images, labels
-    )
+    assert evaluation.evaluate(linear, spread, images, labels) == expected
+
+
+def test_a_mesh_takes_variables_from_any_device(variables):
+    """11 images in a batch of 11 become a batch of 16 for 8 devices."""
+    images, labels = dataset(11)
+    expected = evaluation.evaluate(linear, variables, images, labels)
+    mesh = sharding.data_mesh()
+    moved = jax.device_put(variables, jax.devices()[3])
+    got = evaluation.evaluate(linear, moved, images, labels, mesh=mesh)
+    assert got == expected
 
 
 def test_misuse_is_one_line(variables, trigger):

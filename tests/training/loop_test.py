@@ -112,6 +112,19 @@ def test_a_mesh_changes_nothing_but_rounding(setting, uninterrupted):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(final))
 
 
+def test_a_state_made_of_the_batch_stays_whole_on_a_mesh():
+    """Left alone, the compiler splits statistics that are rows of a split batch."""
+
+    def tempting(params, batch_stats, batch, key):
+        return jnp.sum(params), (batch["index"] * 2, {})
+
+    variables = {"params": jnp.ones(8), "batch_stats": jnp.zeros(8, jnp.int32)}
+    state = state_lib.create(variables, PLAIN_SGD, jax.random.key(0))
+    step_fn = steps.make_train_step(tempting, PLAIN_SGD)
+    final = fit_visits(step_fn=step_fn, state=state, mesh=sharding.data_mesh())
+    assert final.batch_stats.sharding.is_fully_replicated
+
+
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_nothing_is_compiled_after_the_first_epoch(on_mesh):
     """Neither the step nor any little thing around it."""

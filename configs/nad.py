@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plant a backdoor by poisoning data, then repair the model with a few clean images.
+
+    python -m nad_jax.main --config=configs/nad.py            # digits, about a minute
+    python -m nad_jax.main --config=configs/nad.py:smoke      # seconds, for tests
+    python -m nad_jax.main --config=configs/nad.py:cifar10 \
+        --config.data.data_dir=DIR                            # hours, 2 cores
+
+Every number can be overridden: --config.attack.poison_rate=0.01 --config.seeds='(0,1)'.
+Another trigger takes other options: `config.attack.trigger` in a config of your own.
+
+The victim is trained with crop (and flip where the class survives it) on the poisoned
+data. The defence is NAD (Li et al., ICLR 2021), next to its controls on the same clean
+images, batches and budget: fine-tuning, which is NAD without the attention term,
+fine-pruning, mode connectivity, fine-tuning in a SAM step, and NAD in a SAM step.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The digits experiment, or the variant "smoke" or "cifar10"."""
+    config = ml_collections.ConfigDict()
+    config.job = "nad"
+    config.title = "Digits: a poisoned model and its repair"
+    config.seeds = (0,)
+    config.victim_workdir = config_dict.placeholder(str)
+
+    config.data = _section(
+        # Shipped inside scikit-learn: 1,297 training and 500 test images.
+        name="digits",
+        data_dir=config_dict.placeholder(str),
+        image_size=16,
+    )
+    # 3 groups of one block, 16/32/64 channels, 78 k weights.
+    config.model = _section(name="wrn_10_1", width=1.0)
+    config.victim = _training(epochs=15, optimizer="adam", learning_rate=3e-3)
+    config.attack = _section(
+        trigger=_section(name="grid"),
+        target_label=5,
+        label_mode="all_to_one",
+        poison_rate=0.1,
+        perturbation=0.0,
+        perturbation_steps=10,
+    )
+    config.defense = _section(
+        rows=(
+            "fine_tuning",
+            "fine_pruning",
+            "mode_connectivity",
+            "ft_sam",
+            "nad",
+            "nad_sam",
+        ),
+        clean_fraction=0.2,
+        validation_fraction=0.1,
+        training=_training(
+            epochs=20,
+            batch_size=64,
+            optimizer="sgd",
+            learning_rate=0.1,
+            schedule="steps",
+            milestones=(2,),
+            step_factor=0.1,
+            weight_decay=1e-4,
+        ),
+        patience=config_dict.placeholder(int),
+        sharpness_radius=0.1,
+        nad=_section(
+            # Per pixel, as in the public code.
+            betas=_section(stage1=500.0, stage2=1000.0, stage3=1000.0),
+            beta_unit="mean_square",
+            p=2.0,
+            reduction="sum",
+            teacher_epochs=10,
+            beta_factors=(1.0,),
+            accuracy_tolerance=0.01,
+        ),
+        fine_pruning=_section(max_accuracy_drop=0.04),
+        mode_connectivity=_section(position=0.1, learning_rate=0.01),
+    )
+    if variant == "smoke":
+        _make_smoke(config)
+    elif variant == "cifar10":
+        _make_cifar10(config)
+    elif variant:
+        raise ValueError(f"variant must be smoke or cifar10, got {variant!r}")
+    return config
+
+
+def _make_smoke(config):
+    config.title = "Smoke test: the repair job in miniature"
+    config.data.image_size = 8
+    config.model.name = "resnet_8"
+    config.model.width = 0.5
+    config.victim.epochs = 2
+    config.victim.crop_padding = 1
+    config.defense.training.epochs = 2
+    config.defense.training.crop_padding = 1
+    config.defense.training.milestones = (1,)
+    config.defense.nad.teacher_epochs = 1
+
+
+def _make_cifar10(config):
+    config.title = "CIFAR-10: a poisoned model and its repair"
+    config.data.name = "cifar10"
+    config.data.image_size = config_dict.placeholder(int)
+    config.model.name = "wrn_16_1"
+    config.victim.update(
+        epochs=12,
+        optimizer="sgd",
+        learning_rate=0.3,
+        schedule="one_cycle",
+        weight_decay=5e-4,
+        steps_per_dispatch=5,
+    )
+    config.defense.clean_fraction = 0.05
+    config.defense.training.steps_per_dispatch = 5
+    for stage in (config.victim, config.defense.training):
+        stage.crop_padding = 4
+        stage.flip = True
+
+
+def _section(**values):
+    return ml_collections.ConfigDict(values)
+
+
+def _training(**values):
+    return _section(
+        **{
+            "batch_size": 128,
+            "optimizer": "adam",
+            "schedule": "cosine",
+            "momentum": 0.9,
+            "weight_decay": 0.0,
+            # Digits do not survive a flip.
+            "crop_padding": 2,
+            "flip": False,
+            "cutout": 0,
+            "steps_per_dispatch": 1,
+            "milestones": (),
+            "step_factor": 0.1,
+            **values,
+        }
+    )

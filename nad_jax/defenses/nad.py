@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neural Attention Distillation: fine-tuning towards a teacher's attention maps.
+
+    teacher = the victim, fine-tuned on clean images; then frozen, evaluation mode
+    student = the victim, trained on the same images with
+              cross-entropy + sum over stages of beta * attention_distance
+
+The student's BatchNorm is in training mode, the teacher's in evaluation mode, as in the
+public code; so even equal weights give maps that differ a little. With all betas 0 this
+is plain fine-tuning, bit for bit, and no number of NAD means anything without that row.
+
+References:
+  Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural
+  Networks", ICLR 2021.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nad_jax import errors, settings
+from nad_jax.core import attention, losses
+from nad_jax.data import batches
+from nad_jax.defenses import base, fine_tuning
+from nad_jax.training import steps
+
+# A map whose positions differ by less than this share of their mean teaches nothing.
+_CONSTANT = 1e-4
+_IMAGES_TO_CHECK = 8
+
+
+def run(
+    victim: base.Net,
+    clean_data: base.CleanData,
+    tuning: settings.TuningSettings,
+    nad: settings.NadSettings,
+    *,
+    key: jax.Array,
+    teacher: base.Net | None = None,
+    on_epoch: base.OnEpoch | None = None,
+    should_stop: base.ShouldStop | None = None,
+) -> base.Defended:
+    """The student.
+
+    With several `nad.beta_factors` one student is trained for each. Kept is the one
+    with the largest factor whose held-out accuracy is within `nad.accuracy_tolerance`
+    of the best: as much attention as accuracy allows, decided without any trigger.
+
+    Args:
+      victim: The model to repair; also where the student starts.
+      clean_data: Clean images.
+      tuning: The student's training; with a sharpness radius the distillation, too,
+        happens in a SAM step.
+      nad: The attention term.
+      key: The same key makes the same batches in every defence.
+      teacher: None = `make_teacher`. Another architecture will do as long as its stages
+        have the same names and sizes.
+      on_epoch: Called after each epoch of a student.
+      should_stop: Asked between programs.
+
+    Raises:
+      InputError: a stage that does not exist, or whose map is 1x1 or constant.
+    """
+    if teacher is None:
+        made = make_teacher(
+            victim,
+            clean_data,
+            tuning,
+            epochs=nad.teacher_epochs,
+            key=key,
+            should_stop=should_stop,
+        )
+        teacher = base.Net(victim.model, made.variables)
+    betas = mean_square_betas(victim, clean_data, nad)
+    if any(betas.values()):
+        stages = [stage for stage, beta in betas.items() if beta]
+        for net in (victim, teacher):
+            check_stages(net, clean_data.images, stages)
+    validate = None
+    if len(nad.beta_factors) > 1:
+        validate = base.validation_accuracy(victim, clean_data)
+    students = []
+    for factor in sorted(nad.beta_factors):
+        scaled = {stage: beta * factor for stage, beta in betas.items()}
+        student = base.tune(
+            victim,
+            clean_data,
+            tuning,
+            make_loss=lambda frozen, scaled=scaled: distillation_loss(
+                victim.model.apply,
+                teacher.model.apply,
+                frozen["teacher"],
+                betas=scaled,
+                p=nad.p,
+                reduction=nad.reduction,
+            ),
+            frozen={"teacher": teacher.variables},
+            key=key,
+            on_epoch=on_epoch,
+            should_stop=should_stop,
+        )
+        accuracy = 0.0 if validate is None else validate(student.variables)
+        students.append((accuracy, student))
+    best = max(accuracy for accuracy, _ in students)
+    acceptable = [s for a, s in students if a >= best - nad.accuracy_tolerance]
+    return acceptable[-1]
+
+
+def make_teacher(
+    victim: base.Net,
+    clean_data: base.CleanData,
+    tuning: settings.TuningSettings,
+    *,
+    epochs: int,
+    key: jax.Array,
+    on_epoch: base.OnEpoch | None = None,
+    should_stop: base.ShouldStop | None = None,
+) -> base.Defended:
+    """The victim after so many epochs of plain fine-tuning."""
+    training = dataclasses.replace(tuning.training, epochs=epochs)
+    tuning = dataclasses.replace(tuning, training=training, sharpness_radius=0.0)
+    return fine_tuning.run(
+        victim, clean_data, tuning, key=key, on_epoch=on_epoch, should_stop=should_stop
+    )
+
+
+def distillation_loss(
+    student_apply: Callable[..., Any],
+    teacher_apply: Callable[..., Any],
+    teacher_variables: Any,
+    *,
+    betas: Mapping[str, float],
+    p: float = 2,
+    reduction: str = "sum",
+) -> steps.LossFn:
+    """Cross-entropy plus the attention term, as a loss for a training step.
+
+    One forward pass of each net. The teacher gets no gradient and keeps its BatchNorm
+    statistics. Metrics: "accuracy", "task_loss" and "distillation_loss", the terms
+    apart.
+
+    Args:
+      student_apply: `model.apply` of the student.
+      teacher_apply: `model.apply` of the teacher.
+      teacher_variables: Its variables.
+      betas: Stage name to weight, per pixel; see `losses.nad_loss`. All 0 is
+        `steps.classification_loss` itself.
+      p: Power of the attention map.
+      reduction: "sum" or "mean" over channels.
+    """
+    if not any(betas.values()):
+        return steps.classification_loss(student_apply)
+
+    def loss_fn(params, batch_stats, batch, key):
+        del key
+        images, labels = batch["images"], batch["labels"]
+        (logits, features), batch_stats = steps.apply_training(
+            student_apply, params, batch_stats, images
+        )
+        _, teacher_features = teacher_apply(
+            jax.lax.stop_gradient(teacher_variables), images, train=False
+        )
+        task_loss = jnp.mean(steps.cross_entropy(logits, labels))
+        distillation = losses.nad_loss(
+            _select(features, betas),
+            _select(teacher_features, betas),
+            betas=betas,
+            p=p,
+            reduction=reduction,
+        )
+        distillation = jnp.mean(distillation).astype(task_loss.dtype)
+        return task_loss + distillation, (
+            batch_stats,
+            {
+                "accuracy": steps.accuracy(logits, labels),
+                "task_loss": task_loss,
+                "distillation_loss": distillation,
+            },
+        )
+
+    return loss_fn
+
+
+def mean_square_betas(
+    net: base.Net, clean_data: base.CleanData, nad: settings.NadSettings
+) -> dict[str, float]:
+    """`nad.betas` in the unit of `losses.nad_loss`, whichever they are given in."""
+    shapes = _stage_shapes(net, clean_data.images)
+    _check_names(shapes, nad.betas)
+    if nad.beta_unit == "mean_square":
+        return dict(nad.betas)
+    positions = {stage: shapes[stage][1:3] for stage in nad.betas}
+    return losses.convert_betas(nad.betas, positions, to="mean_square")
+
+
+def check_stages(net: base.Net, images: np.ndarray, stages: Collection[str]) -> None:
+    """Refuses stages whose attention map could never teach anything.
+
+    A normalised 1x1 map is the number 1, whatever the network; so is a map that was
+    pooled and spread again. Other implementations distil from such maps in silence.
+
+    Args:
+      net: Teacher or student.
+      images: Clean images, uint8 `[N, H, W, C]`; the first few are looked at.
+      stages: Names of stages.
+
+    Raises:
+      InputError: one line that names the stage and its shape.
+    """
+    shapes = _stage_shapes(net, images)
+    _check_names(shapes, stages)
+    for stage in stages:
+        shape = shapes[stage]
+        if len(shape) != 4 or shape[1] * shape[2] < 2:
+            raise errors.InputError(
+                f"stage {stage!r} is {list(shape[1:])} per image; attention needs "
+                "[H, W, C] with more than one position"
+            )
+    forward = jax.jit(lambda v, x: net.model.apply(v, x, train=False)[1])
+    features = forward(net.variables, _first_images(images))
+    for stage in stages:
+        maps = np.asarray(attention.attention_map(features[stage]))
+        spread = maps.std(axis=(1, 2)) / np.maximum(maps.mean(axis=(1, 2)), 1e-12)
+        if spread.max() < _CONSTANT:
+            raise errors.InputError(
+                f"stage {stage!r} has the same attention everywhere in all of "
+                f"{len(maps)} images; it teaches nothing, choose another stage"
+            )
+
+
+def _first_images(images: np.ndarray) -> jax.Array:
+    return batches.to_float(jnp.asarray(images[:_IMAGES_TO_CHECK]))
+
+
+def _stage_shapes(net: base.Net, images: np.ndarray) -> dict[str, tuple[int, ...]]:
+    """Stage name -> shape of its features for a few images; nothing is computed."""
+    _, features = jax.eval_shape(
+        lambda v, x: net.model.apply(v, x, train=False),
+        net.variables,
+        _first_images(images),
+    )
+    return {stage: tuple(one.shape) for stage, one in features.items()}
+
+
+def _check_names(known: Collection[str], wanted: Collection[str]) -> None:
+    unknown = sorted(set(wanted) - set(known))
+    if unknown or not wanted:
+        raise errors.InputError(
+            f"betas must name stages of {', '.join(known)}, "
+            f"got {', '.join(unknown or wanted) or 'none'}"
+        )
+
+
+def _select(features: Mapping[str, Any], stages: Collection[str]) -> dict[str, Any]:
+    return {stage: features[stage] for stage in stages}
