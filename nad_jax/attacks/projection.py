@@ -86,7 +86,10 @@ def _kernel_box(spec, cell_margin, kernel) -> Box:
     codes = quantization.quantize(kernel, grid, spec)
     center = quantization.dequantize(codes, grid)
     reach = grid.scale * (0.5 - cell_margin)
-    axes = None if spec.channel_axis is None else tuple(range(kernel.ndim - 1))
+    axes = None
+    if spec.channel_axis is not None:
+        channel_axis = spec.channel_axis % kernel.ndim
+        axes = tuple(a for a in range(kernel.ndim) if a != channel_axis)
     least = jnp.min(kernel, axis=axes, keepdims=True)
     most = jnp.max(kernel, axis=axes, keepdims=True)
     if spec.symmetric or spec.range_method == "absmax":

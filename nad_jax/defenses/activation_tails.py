@@ -61,14 +61,18 @@ def find_tails(
     closed = jax.make_jaxpr(forward)(images)
     names = {layer.name for layer in layers}
     depends = _image_dependent(closed.jaxpr)
-    tails: dict[str, Tail] = dict.fromkeys(names, _identity)
+    tails: dict[str, Tail] = {}
     for equation in closed.jaxpr.eqns:
         name = equation.params.get("name")
-        if equation.primitive.name == "name" and name in names:
+        # Of a layer called twice, the first call counts: its inputs are the ones kept.
+        if equation.primitive.name == "name" and name in names - set(tails):
             chain = _chain(closed.jaxpr, equation.outvars[0], depends)
-            if chain and tails[name] is _identity:
-                tails[name] = _compile(closed, equation.outvars[0], chain, depends)
-    return tails
+            tails[name] = (
+                _compile(closed, equation.outvars[0], chain, depends)
+                if chain
+                else _identity
+            )
+    return {name: tails.get(name, _identity) for name in names}
 
 
 def _identity(outputs: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ preservation before BatchNorm and ReLU, the second its error-guided flipping; th
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -227,8 +228,10 @@ def efrap(
         )
     if flip_weight is None:
         flip_weight = _FLIP_WEIGHTS.get(method, 0.0)
-    if not flip_weight >= 0.0:
-        raise errors.InputError(f"flip_weight must be >= 0, got {flip_weight}")
+    if not 0.0 <= flip_weight < math.inf:
+        raise errors.InputError(
+            f"flip_weight must be >= 0 and finite, got {flip_weight}"
+        )
     if max_sweeps < 1:
         raise errors.InputError(f"max_sweeps must be at least 1, got {max_sweeps}")
     images = _checked_images(images)
@@ -239,6 +242,7 @@ def efrap(
         module, variables, images, apply_kwargs=apply_kwargs
     )
     _check_kernels(variables, layers)
+    structure = jax.tree.structure(variables)
     if fold_batch_norm:
         variables = _folded(module, variables, images, layers, apply_kwargs)
     specs = {layer.name: spec for layer in layers}
@@ -269,13 +273,18 @@ def efrap(
     reports: dict[str, LayerReport] = {}
     act_params: dict[str, quantization.QuantParams] = {}
 
+    def quantize_inputs(layer, inputs):
+        if act_spec is None:
+            return inputs
+        return quantization.fake_quant(inputs, act_params[layer.name], act_spec)
+
     def quantize_layer(layer, float_inputs, inputs):
         """Rounds one layer; returns the kernel and inputs to go on with."""
         nonlocal new_params
         started = time.perf_counter()
         if act_spec is not None:
             act_params[layer.name] = _activation_params(float_inputs, act_spec)
-            inputs = quantization.fake_quant(inputs, act_params[layer.name], act_spec)
+            inputs = quantize_inputs(layer, inputs)
         result, details = rounder(layer, float_inputs, inputs)
         rounded[layer.name] = result
         own = layers_lib.get_in(new_params, layer.path)
@@ -296,14 +305,22 @@ def efrap(
 
     if method in _FLIP_WEIGHTS or act_spec is not None:
         layer_walk.walk(
-            module, variables, images, layers, quantize_layer, apply_kwargs=apply_kwargs
+            module,
+            variables,
+            images,
+            layers,
+            quantize_layer,
+            revisit=quantize_inputs,
+            apply_kwargs=apply_kwargs,
         )
     else:
         for layer in layers:
             quantize_layer(layer, None, None)
+    new_variables = {**variables, "params": new_params}
     return Quantized(
         module,
-        {**variables, "params": new_params},
+        # Of the caller's own containers, be they FrozenDicts.
+        jax.tree.unflatten(structure, jax.tree.leaves(new_variables)),
         {name: result.codes for name, result in rounded.items()},
         {name: result.params for name, result in rounded.items()},
         specs,
@@ -355,15 +372,21 @@ def _folded(module, variables, images, layers, apply_kwargs):
     """Folded variables, after checking that the module still computes the same."""
     folded = layers_lib.fold_batch_norm(variables, layers)
     before, after = (
-        jax.tree.leaves(module.apply(v, images[:2], **apply_kwargs))[0]
+        jax.tree.leaves(module.apply(v, images[:2], **apply_kwargs))
         for v in (variables, folded)
     )
-    if not jnp.allclose(before, after, rtol=1e-3, atol=1e-3 * jnp.max(jnp.abs(before))):
+    if not all(map(_nearly_equal, before, after)):
         raise errors.InputError(
             "BatchNorm cannot be folded: a layer's output is used elsewhere than in "
             "its BatchNorm, or the BatchNorm does not use running statistics"
         )
     return folded
+
+
+def _nearly_equal(before, after) -> bool:
+    before, after = np.asarray(before, np.float32), np.asarray(after, np.float32)
+    atol = 1e-3 * np.max(np.abs(before), initial=0.0)
+    return np.allclose(before, after, rtol=1e-3, atol=atol)
 
 
 def _activation_params(inputs, spec):
@@ -372,8 +395,10 @@ def _activation_params(inputs, spec):
     per_batch = inputs.shape[0] // batches
     values = inputs[: batches * per_batch].reshape(batches, -1)
     stride = max(values.shape[1] // _ACTIVATION_SAMPLE, 1)
-    # An odd stride walks through all channels instead of visiting a few of them.
-    stride += 1 - stride % 2
+    # A stride prime to an image's size walks through all channels and positions
+    # instead of visiting a few of them.
+    while math.gcd(stride, math.prod(inputs.shape[1:])) > 1:
+        stride += 1
     return _calibrate_activations(values[:, ::stride], spec)
 
 

@@ -46,12 +46,14 @@ def walk(
     layers: list[layers_lib.Layer],
     visit: Visit,
     *,
+    revisit: Callable[[layers_lib.Layer, jax.Array], jax.Array] | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Calls `visit` once per layer, in the order of the forward pass.
 
     A layer called again in the same pass keeps the kernel of its first visit; `visit`
-    is not called again, so statistics come from the first call alone.
+    is not called again, so statistics come from the first call alone. The inputs of
+    later calls go through `revisit`.
 
     Args:
       module: The Linen module.
@@ -59,6 +61,8 @@ def walk(
       images: All calibration images at once.
       layers: From `layers.find_layers`.
       visit: Decides kernel and inputs of the quantized pass.
+      revisit: (layer, inputs) -> inputs of the quantized pass at later calls; None
+        leaves them as they are.
       apply_kwargs: Keyword arguments of the module's call.
 
     Raises:
@@ -90,23 +94,34 @@ def walk(
         def replace(next_fun, args, kwargs, context):
             if not layers_lib.is_layer_call(context):
                 return next_fun(*args, **kwargs)
+            _check_concrete(context.module.path, args[0])
             path, float_inputs = next(float_layers)
             assert path == context.module.path, (path, context.module.path)
             layer, inputs = by_path[path], args[0]
-            if path not in visited:
+            if path in visited:
+                inputs = inputs if revisit is None else revisit(layer, inputs)
+            else:
                 visited[path], inputs = visit(layer, float_inputs, inputs)
             params = context.module.variables["params"]
             return _run(layer.geometry, visited[path], inputs, params)
 
         forward(replace)
+    for path in by_path:
+        # Compiled code that ran before runs again without passing by here.
+        if path not in visited:
+            raise _hidden(path)
 
 
 def _check_concrete(path: layers_lib.Path, inputs: jax.Array) -> None:
     if isinstance(inputs, jax.core.Tracer):
-        raise errors.InputError(
-            f"layer {'/'.join(path)} is called inside jit, remat, scan or vmap, where "
-            "its inputs cannot be seen; build the module without it for quantization"
-        )
+        raise _hidden(path)
+
+
+def _hidden(path: layers_lib.Path) -> errors.InputError:
+    return errors.InputError(
+        f"layer {'/'.join(path)} is called inside jit, remat, scan or vmap, where "
+        "its inputs cannot be seen; build the module without it for quantization"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -119,8 +134,11 @@ def _run(geometry, kernel, inputs, params) -> jax.Array:
     return outputs
 
 
-class _Closed(Exception):
-    """The consumer has gone; unwinds the producer's thread."""
+class _Closed(BaseException):
+    """The consumer has gone; unwinds the producer's thread.
+
+    Not an `Exception`, which a module might catch: the thread would never end.
+    """
 
 
 class _Stepper(Iterator):

@@ -36,7 +36,8 @@ class Geometry:
       dilation: One per window axis.
       padding: One of `PADDING_MODES` or a (low, high) pair per window axis.
       groups: Independent channel groups; 1 for Dense.
-      dtype: Name of the type the layer computes in; None = that of its inputs.
+      dtype: Name of the type the layer computes in; None = what its inputs and kernel
+        promote to.
     """
 
     kernel_shape: tuple[int, ...]
@@ -120,11 +121,37 @@ def find_layers(
 
     Raises:
       InputError: there is no such layer; the module does not accept the images; a
-        layer's kernel is stacked by `nn.scan` or `nn.vmap`.
+        layer's kernel is stacked by `nn.scan` or `nn.vmap`, or computed from the stored
+        one by `nn.WeightNorm` or `nn.SpectralNorm`.
 
     Warns about kernels that the forward pass does not use, or that belong to neither
     Conv nor Dense: nobody will quantize them.
     """
+    params = variables.get("params", {})
+    found = _trace_layers(module, variables, images, apply_kwargs or {})
+    kernels = _kernel_paths(params)
+    if not set(kernels) <= set(found):
+        # A block under `nn.jit` that ran before is not traced again, and hides its
+        # layers; without jit there is nothing to be remembered.
+        with jax.disable_jit():
+            found = _trace_layers(module, variables, images, apply_kwargs or {})
+    if not found:
+        bare = isinstance(module, (nn.Conv, nn.Dense))
+        raise errors.InputError(
+            f"{type(module).__name__} calls no nn.Conv or nn.Dense, so there is "
+            f"nothing to quantize{' (make it part of a module)' if bare else ''}"
+        )
+    for path in kernels:
+        if path not in found:
+            warnings.warn(
+                f"kernel {'/'.join(path)} is left in float: the forward pass does not "
+                "use it as an nn.Conv or nn.Dense",
+                stacklevel=2,
+            )
+    return list(found.values())
+
+
+def _trace_layers(module, variables, images, apply_kwargs) -> dict[Path, Layer]:
     params = variables.get("params", {})
     found: dict[Path, Layer] = {}
     producers: dict[int, Path] = {}  # id of an output tracer -> layer that made it
@@ -132,7 +159,12 @@ def find_layers(
     normed: dict[Path, tuple[Path, float]] = {}
 
     def record(next_fun, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm) and args:
+        if isinstance(context.module, (nn.WeightNorm, nn.SpectralNorm)):
+            raise errors.InputError(
+                f"{'/'.join(context.module.path)} computes kernels from the stored "
+                "ones; quantize the module without it"
+            )
+        if isinstance(context.module, nn.BatchNorm) and _is_per_channel(args, context):
             producer = producers.get(id(args[0]))
             if producer is not None:
                 normed[producer] = (context.module.path, context.module.epsilon)
@@ -160,35 +192,29 @@ def find_layers(
 
     def forward(variables, images):
         with nn.intercept_methods(record):
-            return module.apply(variables, images, **(apply_kwargs or {}))
+            return module.apply(variables, images, **apply_kwargs)
 
     try:
         jax.eval_shape(forward, variables, images)
     except errors.InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        # An `assert` without a message has no line at all.
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise errors.InputError(
             f"{type(module).__name__} cannot be applied to images of shape "
             f"{jnp.shape(images)} ({type(error).__name__}: {reason})"
         ) from error
-    if not found:
-        raise errors.InputError(
-            f"{type(module).__name__} calls no nn.Conv or nn.Dense, so there is "
-            "nothing to quantize"
-        )
-    for path in _kernel_paths(params):
-        if path not in found:
-            warnings.warn(
-                f"kernel {'/'.join(path)} is left in float: the forward pass does not "
-                "use it as an nn.Conv or nn.Dense",
-                stacklevel=2,
-            )
     for path, (norm, epsilon) in normed.items():
         found[path] = dataclasses.replace(
             found[path], batch_norm=norm, batch_norm_epsilon=epsilon
         )
-    return list(found.values())
+    return found
+
+
+def _is_per_channel(args, context) -> bool:
+    """Whether a BatchNorm's call has one mean for each index of the last axis."""
+    return bool(args) and context.module.axis in (-1, args[0].ndim - 1)
 
 
 def _kernel_paths(params: Mapping[str, Any], prefix: Path = ()) -> list[Path]:
@@ -247,7 +273,7 @@ def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
 
 def run(geometry: Geometry, kernel: jax.Array, inputs: jax.Array) -> jax.Array:
     """The layer's output without bias, `[*batch, *positions, Cout]`."""
-    dtype = geometry.dtype or inputs.dtype
+    dtype = geometry.dtype or jnp.promote_types(inputs.dtype, kernel.dtype)
     inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
     if not geometry.window:
         return inputs @ kernel
@@ -335,7 +361,12 @@ def _padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     else:
         assert not isinstance(padding, str), padding
         pairs = list(padding)
-    return jnp.pad(inputs, [(0, 0), *pairs, (0, 0)], mode=mode)
+    pairs = [(0, 0), *pairs, (0, 0)]
+    if mode == "constant":
+        # Unlike `jnp.pad`, accepts negative numbers: they crop, as in Flax.
+        zero = jnp.zeros((), inputs.dtype)
+        return jax.lax.pad(inputs, zero, [(low, high, 0) for low, high in pairs])
+    return jnp.pad(inputs, pairs, mode=mode)
 
 
 def fold_batch_norm(
@@ -374,14 +405,19 @@ def fold_batch_norm(
             raise errors.InputError(
                 f"BatchNorm {'/'.join(norm_path)} has no running statistics to fold"
             ) from None
-        norm = dict(get_in(folded["params"], norm_path))
+        try:
+            norm = dict(get_in(folded["params"], norm_path))
+        except KeyError:  # neither scale nor bias
+            norm = {}
         own = dict(get_in(folded["params"], layer.path))
         channels = own["kernel"].shape[-1]
         dtype = own["kernel"].dtype
         factor = norm.get("scale", jnp.ones(channels)) / jnp.sqrt(
             stats["var"] + layer.batch_norm_epsilon
         )
-        own["kernel"] = own["kernel"] * factor.astype(dtype)
+        own["kernel"] = own["kernel"] * jnp.expand_dims(
+            factor.astype(dtype), range(own["kernel"].ndim - 1)
+        )
         if "bias" in own:
             own["bias"] = own["bias"] * factor.astype(dtype)
         shift = norm.get("bias", jnp.zeros(channels)) - stats["mean"] * factor
@@ -394,6 +430,7 @@ def fold_batch_norm(
         else:
             stats["mean"] = -shift
         folded["params"] = set_in(folded["params"], layer.path, own)
-        folded["params"] = set_in(folded["params"], norm_path, norm)
+        if norm:
+            folded["params"] = set_in(folded["params"], norm_path, norm)
         folded["batch_stats"] = set_in(folded["batch_stats"], norm_path, stats)
     return folded

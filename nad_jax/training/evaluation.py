@@ -106,8 +106,10 @@ def make_evaluator(
     @jax.jit
     def count(variables: Any, dataset: Any, batch: Any) -> metrics.Counts:
         images, labels, targets, trigger = dataset
-        indices, mask = batch if mesh is None else sharding.shard_batch(batch, mesh)
+        indices, mask = batch
         clean = batches.to_float(images[indices])
+        if mesh is not None:
+            clean = sharding.constrain_batch(clean, mesh)
         triggered_logits = None
         if trigger is not None:
             triggered = triggers.apply_trigger(clean, trigger)

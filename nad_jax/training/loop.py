@@ -180,7 +180,7 @@ def _compile_steps(
             key = state_lib.derive_key(state.key, state_lib.AUGMENT, state.step)
             batch = make_batch(key, images, labels, indices)
             if mesh is not None:
-                batch = sharding.shard_batch(batch, mesh)
+                batch = sharding.constrain_batch(batch, mesh)
             return step_fn(state, batch)
 
         first = state.step - state.epoch * order.shape[0]

@@ -28,16 +28,23 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """The batch with the leading axis of every leaf split over the mesh.
 
+    Inside of `jit`, use `constrain_batch`: there, `device_put` to a mesh is ignored.
+
     Raises:
         InputError: a leading axis is not a multiple of the number of devices.
     """
-    for leaf in jax.tree.leaves(batch):
-        check_divisible(leaf.shape[0], mesh)
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+    _check_leading_axes(batch, mesh)
+    return jax.device_put(batch, _split(mesh))
+
+
+def constrain_batch(batch: Any, mesh: Mesh) -> Any:
+    """As `shard_batch`, for a batch that is made inside of `jit`."""
+    _check_leading_axes(batch, mesh)
+    return jax.lax.with_sharding_constraint(batch, _split(mesh))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The tree with a copy of every leaf on every device of the mesh."""
+    """The tree with a copy of every leaf on every device; not inside of `jit`."""
     return jax.device_put(tree, replicated(mesh))
 
 
@@ -53,3 +60,12 @@ def check_divisible(batch_size: int, mesh: Mesh) -> None:
             f"batch_size {batch_size} cannot be split over {mesh.size} devices; "
             f"use a multiple of {mesh.size}"
         )
+
+
+def _check_leading_axes(batch: Any, mesh: Mesh) -> None:
+    for leaf in jax.tree.leaves(batch):
+        check_divisible(leaf.shape[0], mesh)
+
+
+def _split(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))

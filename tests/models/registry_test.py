@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from nad_jax import errors, models
-from nad_jax.models import common
+from nad_jax.models import common, resnet
 
 # (side, channels) of each stage at 32 x 32 pixels.
 STAGES = {
@@ -53,7 +53,7 @@ PARAMETERS = {
 
 
 def _trace(model, image_shape=(32, 32, 3)):
-    """Every submodule called, its variables' shapes, and the outputs' shapes."""
+    """Submodules called in training, and the shapes of variables and outputs."""
     modules = []
 
     def record(next_call, args, kwargs, context):
@@ -63,7 +63,7 @@ def _trace(model, image_shape=(32, 32, 3)):
 
     def run(key, images):
         with nn.intercept_methods(record):
-            return model.init_with_output(key, images)
+            return model.init_with_output(key, images, train=True)
 
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     outputs, variables = jax.eval_shape(run, jax.random.key(0), images)
@@ -124,10 +124,11 @@ def test_every_kernel_belongs_to_a_plain_conv_or_dense(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_batch_norm_gets_the_axis_name_and_the_constants(name):
+def test_every_batch_norm_hears_of_training_axis_and_constants(name):
     norms = [m for m in _traced(name)[0] if isinstance(m, nn.BatchNorm)]
     assert bool(norms) == (name != "vit_tiny")
     for norm in norms:
+        assert not norm.use_running_average
         assert (norm.axis_name, norm.momentum, norm.epsilon) == ("devices", 0.9, 1e-5)
 
 
@@ -181,7 +182,7 @@ def test_width_multiplies_every_channel_count_and_keeps_one_channel(
     assert variables["params"]["conv1"]["kernel"].shape[-1] == stem
 
 
-@pytest.mark.parametrize("name", ["wrn_10_1", "resnet_18", "preact_resnet_18"])
+@pytest.mark.parametrize("name", ["wrn_10_1", "resnet_8", "preact_resnet_18"])
 def test_one_set_of_weights_serves_every_image_size(name):
     model = models.build(name, num_classes=10, width=1 / 8)
     shapes = [_trace(model, size)[1] for size in ((8, 8, 3), (27, 40, 3))]
@@ -208,7 +209,7 @@ def test_bfloat16_computes_the_stages_and_leaves_state_and_logits_float32(name):
 
 
 def test_only_training_changes_the_batch_statistics():
-    model = models.build("wrn_10_1", num_classes=10, width=0.25)
+    model = resnet.ResNet(stage_sizes=(1,), stage_channels=(4,), num_classes=10)
     variables = common.init(model, jax.random.key(0), (8, 8, 3))
     images = np.random.default_rng(0).uniform(size=(4, 8, 8, 3)).astype(np.float32)
 

@@ -154,6 +154,27 @@ def test_variables_that_live_on_a_mesh_are_welcome(variables):
     assert evaluation.evaluate(linear, spread, images, labels) == expected
 
 
+def test_a_mesh_really_splits_the_images(variables, trigger):
+    shapes = []
+
+    def spy(variables, images):
+        jax.debug.inspect_array_sharding(
+            images, callback=lambda s: shapes.append(s.shard_shape(images.shape))
+        )
+        return linear(variables, images)
+
+    evaluation.evaluate(
+        spy,
+        variables,
+        *dataset(32),
+        trigger=trigger,
+        target_labels=0,
+        batch_size=16,
+        mesh=sharding.data_mesh(),
+    )
+    assert shapes == [(2, 4, 4, 3)] * 2  # clean and triggered
+
+
 def test_a_mesh_takes_variables_from_any_device(variables):
     """11 images in a batch of 11 become a batch of 16 for 8 devices."""
     images, labels = dataset(11)

@@ -112,6 +112,20 @@ def test_a_mesh_changes_nothing_but_rounding(setting, uninterrupted):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(final))
 
 
+def test_a_mesh_really_splits_the_batch():
+    """Each of eight devices works on one of eight images."""
+    shapes = []
+
+    def spy(state, batch):
+        jax.debug.inspect_array_sharding(
+            batch["index"], callback=lambda s: shapes.append(s.shard_shape((8,)))
+        )
+        return VISIT_STEP(state, batch)
+
+    fit_visits(step_fn=spy, mesh=sharding.data_mesh())
+    assert shapes == [(1,)]
+
+
 def test_a_state_made_of_the_batch_stays_whole_on_a_mesh():
     """Left alone, the compiler splits statistics that are rows of a split batch."""
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repair job from its config to its report."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from nad_jax import errors, main, settings
+from nad_jax.report import schema
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nad.py"
+
+
+def _config(variant=""):
+    spec = importlib.util.spec_from_file_location("config", CONFIG)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant).to_dict()
+
+
+@pytest.mark.parametrize("variant", ["", "smoke", "cifar10"])
+def test_every_variant_is_valid_and_names_every_setting(variant):
+    """So no default of a repair lives in two places."""
+    mapping = _config(variant)
+    config = settings.parse(mapping)
+    assert isinstance(config, settings.NadExperimentSettings)
+    for section, cls in (
+        (mapping["defense"], settings.RepairSettings),
+        (mapping["defense"]["training"], settings.TrainingSettings),
+        (mapping["defense"]["nad"], settings.NadSettings),
+        (mapping["attack"], settings.PoisoningSettings),
+    ):
+        assert set(section) == set(cls.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("job",), "neither", "config.job must be of efrap, nad, got 'neither'"),
+        (("attack", "poison_rate"), 0.0, "config.attack.poison_rate must be in"),
+        (("attack", "perturbation"), 0.1, "for label_mode clean_label only"),
+        (("defense", "rows"), ("magic",), "config.defense.rows must be of"),
+        (("defense", "clean_fraction"), 1.5, "config.defense.clean_fraction"),
+        (("defense", "nad", "beta_unit"), "feet", "config.defense.nad.beta_unit"),
+        (("defense", "training", "milestones"), (3, 2), "milestones must be ascending"),
+    ],
+)
+def test_a_wrong_setting_is_named(path, value, message):
+    mapping = _config()
+    section = mapping
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    with pytest.raises(errors.InputError, match=message):
+        settings.parse(mapping)
+
+
+@pytest.mark.slow
+def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
+    """All rows of both models, the index file, and stages that are not repeated."""
+    command = ["main", f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'run'}"]
+    assert main.main(command) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
+    schema.validate(report)
+    rows = {(row["model"], row["name"]): row for row in report["rows"]}
+    expected = [(m, n) for m in schema.MODELS for n in ("float", *settings.REPAIRS)]
+    assert sorted(rows) == sorted(expected)
+    for row in rows.values():
+        before = rows[row["model"], "float"]
+        drop = max(0, before["asr"] - row["asr"]) - max(0, before["acc"] - row["acc"])
+        assert row["extra"]["der"] == pytest.approx((drop + 1) / 2)
+        assert (row["acc_count"], row["asr_count"]) == (500, 450)
+    record = json.loads((tmp_path / "run" / "clean_indices-seed0.json").read_text())
+    assert len(record["train"]) + len(record["validation"]) == round(0.2 * 1297)
+    assert not set(record["train"]) & set(record["validation"])
+
+    capsys.readouterr()
+    assert main.main(command) == 0
+    again = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
+    assert again["rows"] == report["rows"]
+    assert "epochs, loss" not in capsys.readouterr().out
