@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     # 3 groups of one block, 16/32/64 channels, 78 k weights.
     config.model = _section(name="wrn_10_1", width=1.0)
-    config.victim = _training(epochs=10, learning_rate=3e-3)
+    config.victim = _training(epochs=14, learning_rate=3e-3)
     config.attack = _section(
         trigger=_section(name="grid"),
         target_label=5,
@@ -53,6 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "nad",
             "nad_sam",
         ),
+        clean_model_rows=("fine_tuning", "nad"),
         clean_fraction=0.2,
         validation_fraction=0.1,
         training=_training(

@@ -251,114 +251,74 @@ def _repair_and_evaluate(
     nets.append(("float", patient.net.variables))
 
     stages = _Stages(config, workdir, patient)
-    for name in config.defense.rows:
-        variables, seconds = stages.repair(name)
+    defense = config.defense
+    is_clean = patient.name == "clean"
+    wanted = defense.clean_model_rows if is_clean else defense.rows
+    for name in wanted:
+        net, seconds = stages.repair(name)
         with workdir.timed("evaluate"):
-            counts = scene.evaluate(variables)
+            counts = scene.evaluate(net.variables)
         add(name, counts, seconds)
-        nets.append((name, variables))
-    if stages.teacher is not None:
-        nets.append(("teacher", stages.teacher.variables))
+        nets.append((name, net.variables))
+    if any(name.startswith("nad") for name in wanted):
+        nets.append(("teacher", stages.teacher()[0].variables))
     return nets
 
 
 class _Stages:
-    """The repairs of one model, each a stage of the workdir.
-
-    Attributes:
-      teacher: Shared by all rows that distil; None until one asks for it.
-    """
+    """The repairs of one model: each a stage of the workdir, none computed twice."""
 
     def __init__(self, config, workdir: workdir_lib.Workdir, patient: _Patient):
         self._defense = config.defense
         self._workdir = workdir
         self._patient = patient
-        self._tuning = settings.TuningSettings(
-            config.defense.training, patience=config.defense.patience
-        )
-        self._sam_tuning = dataclasses.replace(
-            self._tuning, sharpness_radius=config.defense.sharpness_radius
-        )
-        self._tuned: tuple[base.Net, float] | None = None
-        self.teacher: base.Net | None = None
+        self._done: dict[str, tuple[base.Net, float]] = {}
 
-    def repair(self, name: str) -> tuple[Any, float]:
-        """Variables of a row of `settings.REPAIRS`, and the seconds they took.
+    def repair(self, name: str) -> tuple[base.Net, float]:
+        """The net of a row of `settings.REPAIRS`, and the seconds it took.
 
-        Seconds count everything the row needs, also what it shares with another.
+        Seconds count everything the row needs, also what it shares with others.
         """
-        victim, data = self._patient.net, self._patient.data
-        if name in ("nad", "nad_sam"):
-            self.teacher, earlier = self._stage("teacher", self._make_teacher)
-            tuning = self._tuning if name == "nad" else self._sam_tuning
-            net, seconds = self._stage(
-                name,
-                lambda **hooks: nad.run(
-                    victim,
-                    data,
-                    tuning,
-                    self._defense.nad,
-                    teacher=self.teacher,
-                    **hooks,
-                ),
+        defense = self._defense
+        tuning = settings.TuningSettings(defense.training, patience=defense.patience)
+        if name in ("ft_sam", "nad_sam"):
+            tuning = dataclasses.replace(
+                tuning, sharpness_radius=defense.sharpness_radius
             )
-        elif name == "mode_connectivity":
-            tuned, earlier = self._fine_tuned()
+        if name in ("fine_tuning", "ft_sam"):
+            return self._stage(name, fine_tuning.run, tuning)
+        if name == "fine_pruning":
+            return self._stage(name, fine_pruning.run, tuning, defense.fine_pruning)
+        if name == "mode_connectivity":
+            tuned, earlier = self.repair("fine_tuning")
             net, seconds = self._stage(
                 name,
-                lambda **hooks: mode_connectivity.run(
-                    victim,
-                    data,
-                    self._tuning,
-                    self._defense.mode_connectivity,
-                    tuned=tuned,
-                    **hooks,
-                ),
-            )
-        elif name == "fine_pruning":
-            earlier = 0.0
-            net, seconds = self._stage(
-                name,
-                lambda **hooks: fine_pruning.run(
-                    victim, data, self._tuning, self._defense.fine_pruning, **hooks
-                ),
-            )
-        elif name == "ft_sam":
-            earlier = 0.0
-            net, seconds = self._stage(
-                name,
-                lambda **hooks: fine_tuning.run(
-                    victim, data, self._sam_tuning, **hooks
-                ),
+                mode_connectivity.run,
+                tuning,
+                defense.mode_connectivity,
+                tuned=tuned,
             )
         else:
-            earlier = 0.0
-            net, seconds = self._fine_tuned()
-        return net.variables, earlier + seconds
-
-    def _fine_tuned(self) -> tuple[base.Net, float]:
-        if self._tuned is None:
-            self._tuned = self._stage(
-                "fine_tuning",
-                lambda **hooks: fine_tuning.run(
-                    self._patient.net, self._patient.data, self._tuning, **hooks
-                ),
+            teacher, earlier = self.teacher()
+            net, seconds = self._stage(
+                name, nad.run, tuning, defense.nad, teacher=teacher
             )
-        return self._tuned
+        return net, earlier + seconds
 
-    def _make_teacher(self, **hooks) -> base.Defended:
-        return nad.make_teacher(
-            self._patient.net,
-            self._patient.data,
-            self._tuning,
-            epochs=self._defense.nad.teacher_epochs,
-            **hooks,
+    def teacher(self) -> tuple[base.Net, float]:
+        """The teacher of all rows that distil."""
+        tuning = settings.TuningSettings(
+            self._defense.training, patience=self._defense.patience
         )
+        epochs = self._defense.nad.teacher_epochs
+        return self._stage("teacher", nad.make_teacher, tuning, epochs=epochs)
 
     def _stage(
-        self, name: str, repair: Callable[..., base.Defended]
+        self, name: str, run: Callable[..., base.Defended], *arguments, **options
     ) -> tuple[base.Net, float]:
-        """The repaired net, computed or restored, and its seconds."""
+        """What `run` makes of the patient, computed or restored, and its seconds."""
+        if name in self._done:
+            return self._done[name]
         patient, workdir = self._patient, self._workdir
         full_name = f"seed{patient.seed}-{patient.name}-{name}"
 
@@ -376,7 +336,11 @@ class _Stages:
                 progress.advance(f"loss {metrics['loss']:.4f}")
 
             try:
-                defended = repair(
+                defended = run(
+                    patient.net,
+                    patient.data,
+                    *arguments,
+                    **options,
                     key=patient.key,
                     on_epoch=on_epoch,
                     should_stop=workdir.should_stop,
@@ -387,7 +351,9 @@ class _Stages:
             return defended.variables
 
         variables = workdir.stage(full_name, patient.net.variables, compute)
-        return base.Net(patient.net.model, variables), workdir.seconds[full_name]
+        net = base.Net(patient.net.model, variables)
+        self._done[name] = net, workdir.seconds[full_name]
+        return self._done[name]
 
 
 def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:

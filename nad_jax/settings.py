@@ -353,7 +353,8 @@ class RepairSettings:
     Attributes:
       training: Optimiser, schedule and augmentation of every repair.
       nad: The attention term.
-      rows: Which rows to compute, of `REPAIRS`.
+      rows: Which rows to compute for the backdoored model, of `REPAIRS`.
+      clean_model_rows: The same for the clean model, where nothing needs repair.
       clean_fraction: Share of the training set that the defender has, clean.
       validation_fraction: Share of those that is held out for decisions.
       patience: See `TuningSettings`.
@@ -365,6 +366,7 @@ class RepairSettings:
     training: TrainingSettings
     nad: NadSettings
     rows: tuple[str, ...] = REPAIRS
+    clean_model_rows: tuple[str, ...] = ("fine_tuning", "nad")
     clean_fraction: float = 0.05
     validation_fraction: float = 0.1
     patience: int | None = None
@@ -377,9 +379,11 @@ class RepairSettings:
     )
 
     def __post_init__(self):
-        for name in self.rows:
-            if name not in REPAIRS:
-                raise InputError(f"rows must be of {', '.join(REPAIRS)}, got {name!r}")
+        for field in ("rows", "clean_model_rows"):
+            for name in getattr(self, field):
+                known = ", ".join(REPAIRS)
+                if name not in REPAIRS:
+                    raise InputError(f"{field} must be of {known}, got {name!r}")
         _check(self, "clean_fraction", 0 < self.clean_fraction <= 1, "in (0, 1]")
         good = 0 <= self.validation_fraction < 1
         _check(self, "validation_fraction", good, "in [0, 1)")

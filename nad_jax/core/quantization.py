@@ -6,7 +6,8 @@
 
 Conventions shared by every function here:
 
-* `round` is round half to even, the rule of `jnp.round`, PyTorch and ONNX Runtime.
+* `round` is round half to even, the rule of `jnp.round`, PyTorch and ONNX Runtime;
+  `/` is the quotient that NumPy computes in float32 (see `divide`).
 * A symmetric grid is signed and *narrow*: `[-(2**(b-1) - 1), 2**(b-1) - 1]`, with
   `zero_point` 0. An affine grid is unsigned: `[0, 2**b - 1]`. Both bounds inclusive.
 * Ranges always contain 0, so that zero (padding, dead channels) is on the grid.
@@ -88,6 +89,21 @@ class QuantParams(NamedTuple):
     zero_point: jax.Array
 
 
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """The float32 quotient `x / divisor`, correctly rounded as IEEE 754 has it.
+
+    XLA turns division by a broadcast value into multiplication by its reciprocal, which
+    is off by a last bit half of the time: ties would not be ties, and NumPy or ONNX
+    Runtime would not reproduce the codes.
+
+    Args:
+      x: float, any shape.
+      divisor: float32, broadcastable to `x`.
+    """
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
+    return x.astype(jnp.float32) / divisor
+
+
 def params_from_range(low, high, spec: QuantSpec) -> QuantParams:
     """Grid whose end points represent `[low, high]`, widened to contain 0.
 
@@ -99,17 +115,17 @@ def params_from_range(low, high, spec: QuantSpec) -> QuantParams:
     low = jnp.minimum(jnp.asarray(low, jnp.float32), jnp.float32(0))
     high = jnp.maximum(jnp.asarray(high, jnp.float32), jnp.float32(0))
     if spec.symmetric:
-        scale = jnp.maximum(-low, high) / jnp.float32(spec.qmax)
+        scale = divide(jnp.maximum(-low, high), jnp.float32(spec.qmax))
     else:
         # The width of [-3e38, 3e38] is not a float32, and 0 * inf not a number.
         width = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
-        scale = width / jnp.float32(spec.qmax)
+        scale = divide(width, jnp.float32(spec.qmax))
     # An empty range, or one so small that the division underflows: any positive
     # step represents it equally well.
     scale = jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.float32(1))
     if spec.symmetric:
         return QuantParams(scale, jnp.zeros(scale.shape, jnp.int32))
-    zero_point = jnp.clip(jnp.round(-low / scale), spec.qmin, spec.qmax)
+    zero_point = jnp.clip(jnp.round(divide(-low, scale)), spec.qmin, spec.qmax)
     return QuantParams(scale, zero_point.astype(jnp.int32))
 
 
@@ -174,7 +190,7 @@ def quantize(x: jax.Array, params: QuantParams, spec: QuantSpec) -> jax.Array:
 
 
 def _unclipped_codes(x, params):
-    steps = jnp.round(x.astype(jnp.float32) / params.scale)
+    steps = jnp.round(divide(x, params.scale))
     return steps + params.zero_point.astype(jnp.float32)
 
 
@@ -207,9 +223,9 @@ def fake_quant(x: jax.Array, params: QuantParams, spec: QuantSpec) -> jax.Array:
 
     Example:
       >>> spec = QuantSpec(bits=4, channel_axis=None)
-      >>> x = jnp.array([-0.7, 0.12, 0.34])
-      >>> fake_quant(x, calibrate(x, spec), spec).round(3).tolist()
-      [-0.699999988079071, 0.10000000149011612, 0.30000001192092896]
+      >>> x = jnp.array([-1.75, 0.3, 0.4])  # 1.75 is 7 steps of 0.25
+      >>> fake_quant(x, calibrate(x, spec), spec).tolist()
+      [-1.75, 0.25, 0.5]
     """
     params = jax.lax.stop_gradient(params)
     on_grid = dequantize(quantize(x, params, spec), params)

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 from nad_jax import errors
 from nad_jax.core import quantization
 
-# In steps. A float32 division of two 8-bit magnitudes is off by up to 1.5e-5 steps;
-# an attacker's usual margin from a tie is 1e-3.
+# In steps. A float32 division of two 8-bit magnitudes is off by up to 1.5e-5 steps,
+# codes written as floats and calibrated anew by less than 8e-5; an attacker's usual margin
+# from a tie is 1e-3.
 GRID_TOLERANCE = 1e-4
 
 
@@ -64,7 +65,7 @@ def place(
 
     Gradients: none (`stop_gradient`); differentiate with respect to a rounding.
     """
-    steps = jax.lax.stop_gradient(weights).astype(jnp.float32) / params.scale
+    steps = quantization.divide(jax.lax.stop_gradient(weights), params.scale)
     rounded = jnp.round(steps)
     on_grid = jnp.abs(steps - rounded) < GRID_TOLERANCE
     below = jnp.where(on_grid, rounded, jnp.floor(steps))

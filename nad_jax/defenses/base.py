@@ -196,7 +196,7 @@ def tune(
         if metrics["validation_accuracy"] > best_accuracy:
             best_accuracy, waited = metrics["validation_accuracy"], 0
             best = jax.tree.map(jnp.copy, variables)
-        if waited >= tuning.patience:
+        if tuning.patience is not None and waited >= tuning.patience:
             raise _Settled
 
     start = {

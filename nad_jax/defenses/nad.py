@@ -193,7 +193,7 @@ def mean_square_betas(
     _check_names(shapes, nad.betas)
     if nad.beta_unit == "mean_square":
         return dict(nad.betas)
-    positions = {stage: shapes[stage][1:3] for stage in nad.betas}
+    positions = {stage: (shapes[stage][1], shapes[stage][2]) for stage in nad.betas}
     return losses.convert_betas(nad.betas, positions, to="mean_square")
 
 

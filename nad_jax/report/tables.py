@@ -55,6 +55,22 @@ _KINDS = {
         "Fine-tuning",
         "control: training on the clean images without the attention term",
     ),
+    "fine_pruning": (
+        "Fine-pruning",
+        "control: cuts channels that clean images leave asleep, then fine-tunes",
+    ),
+    "mode_connectivity": (
+        "Mode connectivity",
+        "control: a point on a curve from the victim to its fine-tuned copy",
+    ),
+    "ft_sam": (
+        "FT-SAM",
+        "control: fine-tuning with gradients taken at the worst point nearby",
+    ),
+    "nad_sam": (
+        "NAD-SAM",
+        "variant: NAD with gradients taken at the worst point nearby",
+    ),
     "nad": (
         "NAD",
         "defence: training on the clean images towards a teacher's attention maps",

@@ -172,6 +172,22 @@ def test_ties_go_to_the_even_multiple_of_the_step():
     np.testing.assert_array_equal(codes, np.add(even, 3))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ties_are_ties_on_a_grid_of_any_scale(symmetric):
+    """Half steps that float32 represents exactly; a reciprocal would miss some."""
+    spec = Spec(8, symmetric)
+    odd = np.arange(2001, 2001 + 2 * 300, 2)
+    scale = np.ldexp(odd, -14).astype(np.float32)[None]
+    zero_point = 0 if symmetric else 100
+    below = np.arange(spec.qmin, spec.qmax)[:, None] - zero_point
+    x = ((below + 0.5) * scale).astype(np.float32)
+    np.testing.assert_array_equal(x, (below + 0.5) * np.float64(scale))
+    params = quantization.QuantParams(scale, np.full((1, 300), zero_point, np.int32))
+    codes = jax.jit(quantization.quantize, static_argnums=2)(x, params, spec)
+    even = np.where(below % 2 == 0, below, below + 1) + zero_point
+    np.testing.assert_array_equal(codes, np.broadcast_to(even, x.shape))
+
+
 @few
 @hypothesis.given(
     x=matrices,
@@ -212,6 +228,9 @@ def test_calibration_matches_the_definition_in_float64(axis, symmetric, method):
     low, high = measured_range(x, spec)
     scale, _ = grid_of_range(low, high, spec)
     np.testing.assert_allclose(params.scale, scale, rtol=1e-6)
+    if symmetric:  # one division, so NumPy's float32 has the same last bit
+        largest = np.maximum(-low, high).astype(np.float32)
+        np.testing.assert_array_equal(params.scale, largest / np.float32(spec.qmax))
     # Not equality with round(): a range symmetric around 0 is a tie.
     offset = 0.0 if symmetric else np.minimum(low, 0.0) / scale
     assert np.all(np.abs(offset + np.asarray(params.zero_point)) <= 0.5 + 1e-4)
@@ -475,15 +494,15 @@ def test_shards_are_calibrated_like_tensors_of_their_own():
 
 
 def test_float32_is_kept_where_x64_is_enabled():
-    x, spec = normal(9, 6, 3), Spec(4, False, None, "mse")
-    params = calibrate(x, spec)
+    x, spec = normal(9, 6, 3), Spec(4, True, -1, "mse")
+    params = jax.device_get(calibrate(x, spec))
     with jax.enable_x64(True):
-        for values in (x, x.astype(np.float64)):
-            again = calibrate(values, spec)
-            assert (again.scale.dtype, again.zero_point.dtype) == ("float32", "int32")
-            assert_same_params(again, params)
+        again = calibrate(x.astype(np.float64), spec)
+        assert (again.scale.dtype, again.zero_point.dtype) == ("float32", "int32")
+        assert_same_params(again, params)
         assert fake_quant(x.astype(np.float64), params, spec).dtype == jnp.float64
-        assert calibrate_activations(x, spec).scale.dtype == jnp.float32
+        per_tensor = Spec(8, False, None, "minmax")
+        assert calibrate_activations(x, per_tensor).scale.dtype == jnp.float32
 
 
 # --- activations ---------------------------------------------------------------------

@@ -142,7 +142,7 @@ def place_by_hand(weight, scale, zero_point, spec):
 # --- place ---------------------------------------------------------------------------
 
 
-@few
+@hypothesis.settings(few, max_examples=30)
 @hypothesis.given(
     seed=seeds, spec=any_spec, covered=strategies.sampled_from([1.0, 0.6])
 )
@@ -225,7 +225,7 @@ def test_ties_go_to_the_even_multiple_of_the_step(spec, zero_point):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("bits", [2, 8])
 def test_exact_grid_points_are_pinned(bits, symmetric):
     """All codes, on grids of many scales, and again after measuring the grid anew."""
     spec = Spec(bits, symmetric, -1, "minmax")
@@ -339,8 +339,8 @@ def test_no_weight_of_an_empty_tensor_is_flipped():
 
 
 def test_stochastic_rounding_is_unbiased():
-    """The mean of 20,000 draws, against six standard errors of each weight."""
-    draws = 20_000
+    """The mean of 5,000 draws, against six standard errors of each weight."""
+    draws = 5_000
     weights = [0.1, 0.5, 0.9, -0.1, 2.03, -3.97, 3.0, 9.0, -9.0]
     placement = in_steps(weights, FOUR).placement
     grid = jax.tree.map(lambda x: x[0, 0], unit_grid())

@@ -22,6 +22,7 @@ from good_files import (
     zip_file,
 )
 
+from nad_jax import errors
 from nad_jax.interop import reader, torch_reader
 
 FLOATS = {"0": good.storage("float32", (1.5, -2.0, 0.25, 4.0, 8.0, -16.0))}
@@ -73,6 +74,20 @@ def test_optimizer_is_checked_but_not_part_of_the_model(save, make):
     tree = {"state_dict": {"w": MATRIX}, "optimizer": {"state": {0: moment}}}
     arrays = reader.read_checkpoint(save(make(program(tree), storages))).arrays
     assert list(arrays) == ["w"]
+
+
+def test_damage_outside_the_model_is_damage(save):
+    """A flipped bit in a momentum buffer or in a record that nobody reads."""
+    storages = FLOATS | {"1": good.storage("float32", (1234.5,))}
+    moment = Tensor("1", "float32", 1, (1,), (1,))
+    tree = {"state_dict": {"w": MATRIX}, "optimizer": {"state": {0: moment}}}
+    data = zip_file(program(tree), storages)
+    assert list(torch_reader.read_torch(save(data))[0]) == ["w"]
+    for part in (storages["1"][1], b"0123456789" * 4):
+        damaged = bytearray(data)
+        damaged[data.index(part)] ^= 1
+        with pytest.raises(errors.InputError, match="is damaged"):
+            torch_reader.read_torch(save(bytes(damaged)))
 
 
 def test_zip_without_descriptors_and_64_bit_records(save):

@@ -65,6 +65,7 @@ def assert_same_run(got, expected):
     assert int(got_state.step) == int(state.step)
 
 
+@pytest.mark.slow
 def test_one_device_eight_sharded_devices_and_pmap_agree(
     toy_net, pmap_net, toy_variables, toy_data
 ):
@@ -116,8 +117,8 @@ def test_metrics_are_those_of_the_loss_before_the_update(
         toy_net.apply, label_smoothing=0.1, trainable_batch_stats=False
     )
     state = state_lib.create(toy_variables, tx, KEY)
-    new_state, metrics = steps.make_train_step(loss_fn, tx)(state, batch)
-    logits, _ = toy_net.apply(toy_variables, batch["images"])
+    new_state, metrics = jax.jit(steps.make_train_step(loss_fn, tx))(state, batch)
+    logits, _ = jax.jit(toy_net.apply)(toy_variables, batch["images"])
     expected = numpy_cross_entropy(logits, batch["labels"], 0.1).mean()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     hits = np.argmax(logits, axis=1) == np.asarray(batch["labels"])
@@ -135,7 +136,7 @@ def test_running_statistics_move_towards_those_of_the_batch(
     tx = optax.sgd(0.0)
     state = state_lib.create(toy_variables, tx, KEY)
     step = steps.make_train_step(steps.classification_loss(toy_net.apply), tx)
-    state, _ = step(state, batch)
+    state, _ = jax.jit(step)(state, batch)
     kernel = np.asarray(toy_variables["params"]["Conv_0"]["kernel"], np.float64)
     padded = np.pad(batch["images"], ((0, 0), (1, 1), (1, 1), (0, 0)))
     responses = sum(
