@@ -100,8 +100,9 @@ def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
       x: float, any shape.
       divisor: float32, broadcastable to `x`.
     """
-    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
-    return x.astype(jnp.float32) / divisor
+    x = x.astype(jnp.float32)
+    # The same quotient by a tensor of x's shape, also where `vmap` batches x alone.
+    return x / jnp.where(jnp.isnan(x), x, divisor)
 
 
 def params_from_range(low, high, spec: QuantSpec) -> QuantParams:

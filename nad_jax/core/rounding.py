@@ -30,8 +30,8 @@ from nad_jax import errors
 from nad_jax.core import quantization
 
 # In steps. A float32 division of two 8-bit magnitudes is off by up to 1.5e-5 steps,
-# codes written as floats and calibrated anew by less than 8e-5; an attacker's usual margin
-# from a tie is 1e-3.
+# codes written as floats and calibrated anew by less than 8e-5; an attacker's usual
+# margin from a tie is 1e-3.
 GRID_TOLERANCE = 1e-4
 
 

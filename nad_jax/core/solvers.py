@@ -27,7 +27,6 @@ import jax.numpy as jnp
 
 from nad_jax import errors
 
-
 # Float32 products everywhere: accelerators multiply in bfloat16 or TF32 unless told
 # otherwise, and the slopes of a descent would drift away from its objective.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

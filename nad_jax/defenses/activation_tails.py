@@ -123,7 +123,6 @@ def _compile(closed, variable, chain, depends) -> Tail:
                     for e in closed.jaxpr.eqns
                     if not any(v in depends for v in e.outvars)
                 ],
-                debug_info=None,
             ),
             closed.consts,
         )
@@ -135,7 +134,6 @@ def _compile(closed, variable, chain, depends) -> Tail:
                 invars=[variable],
                 outvars=chain[-1].outvars,
                 eqns=chain,
-                debug_info=None,
             ),
             constants,
         )

@@ -413,7 +413,7 @@ def test_descent_never_rises_and_ends_where_no_single_flip_improves(
 @pytest.mark.parametrize("seed", range(2))
 def test_descent_makes_the_flips_of_a_naive_descent(seed):
     """Same visits, each judged by the whole objective; three blocks, one padded."""
-    problem = exact_problem(seed, (150, 8))
+    problem = exact_problem(seed, (150, NUM_OUTPUTS))
     start = problem.nearest
     solution = descend(problem, start, block_size=64)
     chosen, trace = descend_by_hand(problem, start)
@@ -425,7 +425,7 @@ def test_descent_makes_the_flips_of_a_naive_descent(seed):
 
 @pytest.mark.parametrize("block_size", [1, 1000])
 def test_the_block_size_does_not_change_the_flips(block_size):
-    problem = exact_problem(0, (150, 8))
+    problem = exact_problem(0, (150, NUM_OUTPUTS))
     expected = descend(problem, problem.nearest, block_size=64)
     solution = descend(problem, problem.nearest, block_size=block_size)
     for left, right in zip(solution, expected, strict=True):
@@ -434,8 +434,8 @@ def test_the_block_size_does_not_change_the_flips(block_size):
 
 @pytest.mark.parametrize("max_sweeps", [0, 1])
 def test_descent_stops_after_max_sweeps(max_sweeps):
-    problem = exact_problem(0, (150, 8))
-    solution = descend(problem, problem.nearest, max_sweeps=max_sweeps, block_size=64)
+    problem = exact_problem(0, (40, 8))
+    solution = descend(problem, problem.nearest, max_sweeps=max_sweeps)
     chosen, trace = descend_by_hand(problem, problem.nearest, max_sweeps)
     np.testing.assert_array_equal(solution.rounding, chosen)
     np.testing.assert_array_equal(solution.trace, trace)
@@ -444,8 +444,8 @@ def test_descent_stops_after_max_sweeps(max_sweeps):
 
 def test_inputs_that_do_not_matter_do_not_matter():
     """Dead inputs and pinned weights at the end act like the padding of a block."""
-    problem = exact_problem(4, (150, 8))
-    dead = np.arange(150) >= 140
+    problem = exact_problem(4, (150, NUM_OUTPUTS))
+    dead = np.arange(150) >= NUM_INPUTS
     gram = np.where(dead[:, None] | dead[None], 0, problem.gram)
     small = problem._replace(
         gram=gram,
@@ -454,11 +454,12 @@ def test_inputs_that_do_not_matter_do_not_matter():
         stay_cost=np.where(dead[:, None], 0, problem.stay_cost),
     )
     cut = solvers.RoundingProblem(
-        gram[:140, :140], *(a[:140] if a.ndim == 2 else a for a in small[1:])
+        gram[:NUM_INPUTS, :NUM_INPUTS],
+        *(a[:NUM_INPUTS] if a.ndim == 2 else a for a in small[1:]),
     )
     whole = descend(small, small.nearest, block_size=64)
-    alone = descend(cut, cut.nearest, block_size=64)
-    np.testing.assert_array_equal(whole.rounding[:140], alone.rounding)
+    alone = descend(cut, cut.nearest)
+    np.testing.assert_array_equal(whole.rounding[:NUM_INPUTS], alone.rounding)
     np.testing.assert_array_equal(whole.trace, alone.trace)
 
 
@@ -540,8 +541,8 @@ def test_a_higher_price_flips_more_weights_on_average():
 
 
 def test_permuting_channels_commutes():
-    problem = exact_problem(5, (150, 8))
-    order = np.random.default_rng(5).permutation(8)
+    problem = exact_problem(5, (150, NUM_OUTPUTS))
+    order = np.random.default_rng(5).permutation(NUM_OUTPUTS)
     permuted = solvers.RoundingProblem(
         problem.gram, *(a[..., order] for a in problem[1:])
     )

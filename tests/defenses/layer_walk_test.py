@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walk, against modules that write down their own layer inputs."""
+
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax import errors
+from nad_jax.defenses import layer_walk
+from nad_jax.models import layers as layers_lib
+
+
+class Calls:
+    """Threads that ran a module on real values; Flax would freeze a list."""
+
+    def __init__(self):
+        self.threads = []
+
+    def count(self, x):
+        if not isinstance(x, jax.core.Tracer):
+            self.threads.append(threading.get_ident())
+        return len(self.threads)
+
+
+class Net(nn.Module):
+    """Residual, setup style; sows what each layer is fed and counts real calls."""
+
+    calls: Calls
+
+    def setup(self):
+        self.head = nn.Dense(2)
+        self.stem = nn.Conv(3, (3, 3))
+        self.norm = nn.BatchNorm(use_running_average=True)
+        self.inner = nn.Conv(3, (3, 3), use_bias=False, feature_group_count=3)
+
+    def fed(self, layer, x):
+        self.sow("fed", layer.name, x)
+        return layer(x)
+
+    def __call__(self, x, *, gain=1.0):
+        self.calls.count(x)
+        x = nn.relu(self.norm(self.fed(self.stem, x)))
+        x = x + gain * self.fed(self.inner, x)
+        return self.fed(self.head, x.mean(axis=(1, 2)))
+
+
+LAYERS = ["stem", "inner", "head"]
+
+
+def replaced(kernel):
+    """Stands for a quantized kernel; far from the float one."""
+    return jnp.round(kernel * 3) / 3
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Module, variables, images, layers and the inputs that the float net sows."""
+    module = Net(Calls())
+    images = jax.random.normal(jax.random.key(1), (4, 5, 5, 2))
+    variables = dict(jax.jit(module.init)(jax.random.key(0), images))
+    variables.pop("fed")
+    found = layers_lib.find_layers(module, variables, images)
+    return module, variables, images, found
+
+
+def sown_inputs(module, variables, images, **kwargs):
+    _, sown = module.apply(variables, images, mutable=["fed"], **kwargs)
+    return {name: values[0] for name, values in sown["fed"].items()}
+
+
+def within(seconds, function):
+    """Result of `function()`, or a failure instead of a hang."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert outcome, f"still running after {seconds} s"
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left_over():
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def walk(net, visit, **kwargs):
+    within(120, lambda: layer_walk.walk(*net, visit, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def visits(net):
+    """(name, float inputs, inputs) of every visit when all kernels are replaced."""
+    seen = []
+
+    def visit(layer, float_inputs, inputs):
+        seen.append((layer.name, float_inputs, inputs))
+        return replaced(layers_lib.get_in(net[1]["params"], layer.path)["kernel"]), (
+            inputs
+        )
+
+    net[0].calls.threads.clear()
+    walk(net, visit)
+    return seen
+
+
+def test_each_layer_is_visited_once_in_forward_order(visits):
+    assert [name for name, _, _ in visits] == LAYERS
+
+
+def test_a_walk_takes_one_forward_pass_for_each_of_the_two_networks(net, visits):
+    net[0].calls.threads.clear()
+    walk(net, lambda layer, float_inputs, inputs: visit_float(net, layer, inputs))
+    assert len(net[0].calls.threads) == 2
+
+
+def visit_float(net, layer, inputs):
+    return layers_lib.get_in(net[1]["params"], layer.path)["kernel"], inputs
+
+
+def test_float_inputs_are_those_of_a_plain_forward_pass(net, visits):
+    module, variables, images, _ = net
+    expected = sown_inputs(module, variables, images)
+    for name, float_inputs, _ in visits:
+        np.testing.assert_allclose(
+            float_inputs, expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+def test_inputs_are_those_of_the_network_quantized_so_far(net, visits):
+    module, variables, images, found = net
+    params = variables["params"]
+    for layer in found:
+        own = layers_lib.get_in(params, layer.path)
+        own = {**own, "kernel": replaced(own["kernel"])}
+        params = layers_lib.set_in(params, layer.path, own)
+    expected = sown_inputs(module, {**variables, "params": params}, images)
+    float_inputs = sown_inputs(module, variables, images)
+    for name, _, inputs in visits:
+        np.testing.assert_allclose(
+            inputs, expected[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
+        if name != "stem":
+            assert float(jnp.max(jnp.abs(inputs - float_inputs[name]))) > 0.01
+
+
+def test_inputs_that_a_visit_returns_are_what_the_layer_computes_with(net):
+    """Dropping the residual branch's input leaves the branch's bias-free zero."""
+    module, variables, images, _ = net
+    heads = {}
+
+    def visit(layer, float_inputs, inputs):
+        heads[layer.name] = inputs
+        kernel, _ = visit_float(net, layer, inputs)
+        return kernel, inputs * 0 if layer.name == "inner" else inputs
+
+    walk(net, visit)
+    expected = sown_inputs(module, variables, images, gain=0.0)["head"]
+    np.testing.assert_allclose(heads["head"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_apply_kwargs_reach_both_passes(net):
+    module, variables, images, _ = net
+    heads = {}
+
+    def visit(layer, float_inputs, inputs):
+        heads[layer.name] = (float_inputs, inputs)
+        return visit_float(net, layer, inputs)
+
+    walk(net, visit, apply_kwargs={"gain": 7.0})
+    expected = sown_inputs(module, variables, images, gain=7.0)["head"]
+    for got in heads["head"]:
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(3, name="shared")
+        x = shared(nn.relu(shared(x)))
+        return nn.Dense(2, name="last")(x)
+
+
+@pytest.fixture(scope="module")
+def twice():
+    module, inputs = Twice(), jax.random.normal(jax.random.key(1), (4, 3))
+    variables = module.init(jax.random.key(0), inputs)
+    return (
+        module,
+        variables,
+        inputs,
+        layers_lib.find_layers(module, variables, inputs),
+    )
+
+
+def test_a_layer_called_twice_is_visited_once_and_keeps_its_kernel(twice):
+    _, variables, images, found = twice
+    assert found[0].calls == 2
+    seen = []
+
+    def visit(layer, float_inputs, inputs):
+        seen.append((layer.name, np.asarray(inputs, np.float64)))
+        own = layers_lib.get_in(variables["params"], layer.path)
+        return replaced(own["kernel"]), jnp.round(inputs)
+
+    def revisit(layer, inputs):
+        assert layer.name == "shared"
+        return jnp.round(inputs * 2) / 2
+
+    walk(twice, visit, revisit=revisit)
+    assert [name for name, _ in seen] == ["shared", "last"]
+    shared = variables["params"]["shared"]
+    kernel = np.asarray(replaced(shared["kernel"]), np.float64)
+    hidden = np.maximum(np.round(images) @ kernel + shared["bias"], 0)
+    expected = np.round(hidden * 2) / 2 @ kernel + shared["bias"]
+    np.testing.assert_allclose(seen[1][1], expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- exceptions ----
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_exception_of_a_visit_propagates_and_ends_the_thread(net, name):
+    def visit(layer, float_inputs, inputs):
+        if layer.name == name:
+            raise Broken(name)
+        return visit_float(net, layer, inputs)
+
+    with pytest.raises(Broken, match=name):
+        walk(net, visit)
+
+
+class Fails(nn.Module):
+    """Fails behind its first layer, in the first or in the second pass."""
+
+    calls: Calls
+    failing_pass: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3, name="first")(x)
+        if self.calls.count(x) == self.failing_pass:
+            raise Broken
+        return nn.Dense(2, name="second")(x)
+
+
+@pytest.mark.parametrize("failing_pass", [1, 2])
+def test_an_exception_of_either_pass_propagates_and_ends_the_thread(failing_pass):
+    """The quantized pass comes out of a layer first, the float pass second."""
+    module = Fails(Calls(), failing_pass)
+    inputs = jnp.ones((2, 3))
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    found = layers_lib.find_layers(module, variables, inputs)
+    net, seen = (module, variables, inputs, found), []
+
+    def visit(layer, float_inputs, inputs):
+        seen.append(layer.name)
+        return visit_float(net, layer, inputs)
+
+    with pytest.raises(Broken):
+        walk(net, visit)
+    assert seen == ["first"]
+    assert len(set(module.calls.threads)) == failing_pass, "the two passes share a thread"
+
+
+class Catches(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for k in range(3):
+            try:
+                x = nn.Dense(3, name=f"dense{k}")(x)
+            except Exception:
+                x = x * 0
+        return x
+
+
+def test_an_interrupt_ends_the_thread_even_if_the_module_catches_exceptions():
+    module, inputs = Catches(), jnp.ones((2, 3))
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    found = layers_lib.find_layers(module, variables, inputs)
+    net = (module, variables, inputs, found)
+
+    def visit(layer, float_inputs, inputs):
+        if layer.name == "dense1":
+            raise KeyboardInterrupt
+        return visit_float(net, layer, inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(net, visit)
+
+
+# ---- what cannot be walked ----
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="hidden")(x)
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, carry, _):
+        return nn.Dense(3, name="hidden")(carry), None
+
+
+class Lifted(nn.Module):
+    transform: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3, name="before")(x)
+        if self.transform == "scan":
+            steps = nn.scan(
+                Step,
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                length=2,
+            )
+            x, _ = steps(name="block")(x, None)
+        elif self.transform == "vmap":
+            over_rows = nn.vmap(
+                Block, variable_axes={"params": None}, split_rngs={"params": False}
+            )
+            x = over_rows(name="block")(x)
+        else:
+            x = getattr(nn, self.transform)(Block)(name="block")(x)
+        return nn.Dense(2, name="after")(x)
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("transform", ["remat", "jit", "scan", "vmap"])
+def test_a_layer_inside_a_transform_is_refused_in_one_line(transform, has_run):
+    """Also when the compiled block has run before and is not traced again."""
+    module, inputs = Lifted(transform), jnp.ones((2, 3))
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    found = layers_lib.find_layers(module, variables, inputs)
+    if has_run:
+        module.apply(variables, inputs)
+    net = (module, variables, inputs, found)
+    with pytest.raises(errors.InputError) as caught:
+        walk(net, lambda layer, float_inputs, inputs: visit_float(net, layer, inputs))
+    message = str(caught.value)
+    assert "block/hidden" in message
+    assert transform in message
+    assert "\n" not in message
