@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import linear as flax_linear
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core as jax_core
 
 from nad_jax import errors
 
@@ -65,7 +67,7 @@ class Layer:
       path: Keys from the top of `variables["params"]` to the layer's own dict.
       geometry: The linear map it computes.
       calls: How often one forward pass calls it (2 or more = shared weights).
-      batch_norm: Path of the BatchNorm that takes the layer's output as it is, or None.
+      batch_norm: Path of the BatchNorm that alone takes the layer's output, or None.
       batch_norm_epsilon: Its epsilon.
     """
 
@@ -186,6 +188,8 @@ def _trace_layers(module, variables, images, apply_kwargs) -> dict[Path, Layer]:
         found[path] = Layer(
             path=path, geometry=_geometry(context.module, kernel.shape), calls=1
         )
+        # Named, so that its uses can be counted afterwards.
+        outputs = checkpoint_name(outputs, "/".join(path))
         producers[id(outputs)] = path
         alive.append(outputs)
         return outputs
@@ -195,7 +199,7 @@ def _trace_layers(module, variables, images, apply_kwargs) -> dict[Path, Layer]:
             return module.apply(variables, images, **apply_kwargs)
 
     try:
-        jax.eval_shape(forward, variables, images)
+        jaxpr = jax.make_jaxpr(forward)(variables, images).jaxpr
     except errors.InputError:
         raise
     except Exception as error:
@@ -205,11 +209,32 @@ def _trace_layers(module, variables, images, apply_kwargs) -> dict[Path, Layer]:
             f"{type(module).__name__} cannot be applied to images of shape "
             f"{jnp.shape(images)} ({type(error).__name__}: {reason})"
         ) from error
+    uses = _count_uses(jaxpr)
     for path, (norm, epsilon) in normed.items():
+        # What another consumer sees must not be scaled: a stem whose output is also
+        # an identity shortcut keeps its BatchNorm.
+        if uses.get("/".join(path)) != 1:
+            continue
         found[path] = dataclasses.replace(
             found[path], batch_norm=norm, batch_norm_epsilon=epsilon
         )
     return found
+
+
+def _count_uses(jaxpr) -> dict[str, int]:
+    """How often each named value is used, by name; only what is not inside a call."""
+    names = {
+        equation.outvars[0]: equation.params["name"]
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "name"
+    }
+    uses = dict.fromkeys(names.values(), 0)
+    users = [variable for equation in jaxpr.eqns for variable in equation.invars]
+    for variable in [*users, *jaxpr.outvars]:
+        # Literals cannot be hashed.
+        if isinstance(variable, jax_core.Var) and variable in names:
+            uses[names[variable]] += 1
+    return uses
 
 
 def _is_per_channel(args, context) -> bool:

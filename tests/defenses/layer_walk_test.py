@@ -38,7 +38,7 @@ class Net(nn.Module):
         self.inner = nn.Conv(3, (3, 3), use_bias=False, feature_group_count=3)
 
     def fed(self, layer, x):
-        self.sow("fed", layer.name, x)
+        self.sow("fed", f"into_{layer.name}", x)
         return layer(x)
 
     def __call__(self, x, *, gain=1.0):
@@ -69,7 +69,9 @@ def net():
 
 def sown_inputs(module, variables, images, **kwargs):
     _, sown = module.apply(variables, images, mutable=["fed"], **kwargs)
-    return {name: values[0] for name, values in sown["fed"].items()}
+    return {
+        name.removeprefix("into_"): values[0] for name, values in sown["fed"].items()
+    }
 
 
 def within(seconds, function):
@@ -226,8 +228,9 @@ def test_a_layer_called_twice_is_visited_once_and_keeps_its_kernel(twice):
     assert [name for name, _ in seen] == ["shared", "last"]
     shared = variables["params"]["shared"]
     kernel = np.asarray(replaced(shared["kernel"]), np.float64)
-    hidden = np.maximum(np.round(images) @ kernel + shared["bias"], 0)
-    expected = np.round(hidden * 2) / 2 @ kernel + shared["bias"]
+    bias = np.asarray(shared["bias"], np.float64)
+    hidden = np.maximum(np.round(np.asarray(images, np.float64)) @ kernel + bias, 0)
+    expected = np.round(hidden * 2) / 2 @ kernel + bias
     np.testing.assert_allclose(seen[1][1], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -279,7 +282,9 @@ def test_an_exception_of_either_pass_propagates_and_ends_the_thread(failing_pass
     with pytest.raises(Broken):
         walk(net, visit)
     assert seen == ["first"]
-    assert len(set(module.calls.threads)) == failing_pass, "the two passes share a thread"
+    assert len(set(module.calls.threads)) == failing_pass, (
+        "the two passes share a thread"
+    )
 
 
 class Catches(nn.Module):

@@ -123,9 +123,7 @@ def test_a_layer_computes_in_its_own_dtype():
     ran = layers_lib.run(found.geometry, normal((3, 4), 1), inputs)
     assert ran.dtype == jnp.bfloat16
     expected = module.apply(variables, inputs)
-    np.testing.assert_array_equal(
-        ran.astype(jnp.float32), expected.astype(jnp.float32)
-    )
+    np.testing.assert_array_equal(ran.astype(jnp.float32), expected.astype(jnp.float32))
 
 
 def test_half_precision_inputs_of_a_float32_layer_are_computed_in_float32():
@@ -439,9 +437,8 @@ def test_the_factor_of_a_folded_batch_norm_is_in_the_kernel(
     factor = scale / np.sqrt(variance + epsilon)
     assert np.all(np.abs(factor - 1) > 1e-3)
     for name, leaf in variables["params"][layer].items():
-        np.testing.assert_allclose(
-            folded["params"][layer][name], leaf * factor, rtol=1e-5
-        )
+        expected = np.asarray(leaf, np.float64) * factor
+        np.testing.assert_allclose(folded["params"][layer][name], expected, rtol=1e-5)
     stats = folded["batch_stats"][norm]
     np.testing.assert_allclose(stats["var"], 1 - epsilon, rtol=1e-6)
     np.testing.assert_array_equal(
