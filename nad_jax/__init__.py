@@ -1,62 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a model you did not train safe to ship.
 
-The names below are the library. Importing it loads jax and nothing heavier; the ones
-that need Flax are loaded when first used.
+The names below are the library. Each is loaded when it is first used, so that
+`import nad_jax` costs nothing, the mathematics need jax and numpy alone, and only what
+walks through a model (`efrap`) loads Flax.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-from nad_jax.core.attention import attention_map
-from nad_jax.core.losses import (
-    activation_preservation_loss,
-    attention_distance,
-    binarization_penalty,
-    flip_loss,
-    gram_preservation_loss,
-    nad_loss,
-    rounding_error_weight,
-)
-from nad_jax.core.quantization import (
-    QuantParams,
-    QuantSpec,
-    calibrate,
-    dequantize,
-    fake_quant,
-    quantize,
-)
-from nad_jax.core.rounding import (
-    flipped_rounding,
-    hard_rounding,
-    nearest_rounding,
-    place,
-    rounded_weights,
-    rounding_error,
-    rounding_logits,
-    soft_rounding,
-    stochastic_rounding,
-)
-from nad_jax.errors import InputError
+if TYPE_CHECKING:
+    from nad_jax.core.attention import attention_map
+    from nad_jax.core.losses import (
+        activation_preservation_loss,
+        attention_distance,
+        binarization_penalty,
+        flip_loss,
+        gram_preservation_loss,
+        nad_loss,
+        rounding_error_weight,
+    )
+    from nad_jax.core.quantization import (
+        QuantParams,
+        QuantSpec,
+        calibrate,
+        dequantize,
+        fake_quant,
+        quantize,
+    )
+    from nad_jax.core.rounding import (
+        flipped_rounding,
+        hard_rounding,
+        nearest_rounding,
+        place,
+        rounded_weights,
+        rounding_error,
+        rounding_logits,
+        soft_rounding,
+        stochastic_rounding,
+    )
+    from nad_jax.defenses.adam_rounding import AdamSettings
+    from nad_jax.defenses.efrap import Quantized, efrap
+    from nad_jax.errors import InputError
 
 __version__ = "0.1.0"
 
-# Public name -> (module, attribute); these need Flax.
-_LAZY = {
-    "AdamSettings": ("nad_jax.defenses.adam_rounding", "AdamSettings"),
-    "Quantized": ("nad_jax.defenses.efrap", "Quantized"),
-    "efrap": ("nad_jax.defenses.efrap", "efrap"),
+_MODULES = {
+    "nad_jax.core.attention": ("attention_map",),
+    "nad_jax.core.losses": (
+        "activation_preservation_loss",
+        "attention_distance",
+        "binarization_penalty",
+        "flip_loss",
+        "gram_preservation_loss",
+        "nad_loss",
+        "rounding_error_weight",
+    ),
+    "nad_jax.core.quantization": (
+        "QuantParams",
+        "QuantSpec",
+        "calibrate",
+        "dequantize",
+        "fake_quant",
+        "quantize",
+    ),
+    "nad_jax.core.rounding": (
+        "flipped_rounding",
+        "hard_rounding",
+        "nearest_rounding",
+        "place",
+        "rounded_weights",
+        "rounding_error",
+        "rounding_logits",
+        "soft_rounding",
+        "stochastic_rounding",
+    ),
+    "nad_jax.defenses.adam_rounding": ("AdamSettings",),
+    "nad_jax.defenses.efrap": (
+        "Quantized",
+        "efrap",
+    ),
+    "nad_jax.errors": ("InputError",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "AdamSettings",
     "InputError",
     "QuantParams",
     "QuantSpec",
+    "Quantized",
     "activation_preservation_loss",
     "attention_distance",
     "attention_map",
     "binarization_penalty",
     "calibrate",
     "dequantize",
+    "efrap",
     "fake_quant",
     "flip_loss",
     "flipped_rounding",
@@ -73,15 +113,13 @@ __all__ = [
     "soft_rounding",
     "stochastic_rounding",
 ]
-__all__ += list(_LAZY)
 
 
-def __getattr__(name: str):
-    if name not in _LAZY:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'nad_jax' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

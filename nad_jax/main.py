@@ -18,10 +18,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+# XLA says of every program in its cache, in a page of text, that it was compiled for
+# another machine (jaxlib 0.10.1). Read when jax is imported; errors are exceptions.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from nad_jax import errors, settings
+from absl import flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from nad_jax import errors, settings  # noqa: E402
 
 _PACKAGE = pathlib.Path(__file__).parent
 # In a checkout configs/ stands beside the package, in an installation inside it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import jax
@@ -16,26 +16,35 @@ Spec = quantization.QuantSpec
 BITS = range(2, 9)
 SOME_SPECS = [Spec(8), Spec(4, False, -1, "minmax"), Spec(2, True, None)]
 
-# Compiling is what these tests spend their time on: few functions, few shapes.
-calibrate = jax.jit(quantization.calibrate, static_argnums=(1,))
+calibrate = jax.jit(quantization.calibrate, static_argnums=1)
 calibrate_activations = jax.jit(quantization.calibrate_activations, static_argnums=1)
 fake_quant = jax.jit(quantization.fake_quant, static_argnums=2)
 
 
+def for_all(specs, function):
+    """One call of `function(spec, *arguments)` per spec, compiled together.
+
+    Compiling is what these tests spend their time on: few functions, few shapes.
+    """
+    compiled = jax.jit(lambda *args: [function(spec, *args) for spec in specs])
+
+    def call(*args):
+        return jax.device_get(compiled(*args))
+
+    call.compiled = compiled
+    return call
+
+
 class Study(NamedTuple):
-    params: quantization.QuantParams
-    codes: jax.Array
-    values: jax.Array
-    gradient: jax.Array
+    """All there is to know of a tensor on the grid of other values."""
+
+    params: Any
+    codes: Any
+    values: Any
+    gradient: Any
 
 
-def study(x, calibration_values, cotangent, spec) -> Study:
-    """All there is to know of `x` on the grid of other values, as NumPy arrays."""
-    return jax.device_get(_study(x, calibration_values, cotangent, spec))
-
-
-@jax.jit(static_argnums=3)
-def _study(x, calibration_values, cotangent, spec):
+def study_one(spec, x, calibration_values, cotangent) -> Study:
     params = quantization.calibrate(calibration_values, spec)
     codes = quantization.quantize(x, params, spec)
     _, pullback = jax.vjp(lambda x: quantization.fake_quant(x, params, spec), x)
@@ -43,10 +52,15 @@ def _study(x, calibration_values, cotangent, spec):
     return Study(params, codes, quantization.dequantize(codes, params), gradient)
 
 
-@jax.jit(static_argnums=2)
-def round_trip(codes, params, spec):
-    values = quantization.dequantize(codes, params)
-    return values, quantization.quantize(values, params, spec)
+_study = for_all(SOME_SPECS, study_one)
+
+
+def study(x, calibration_values=None, cotangent=None):
+    """Pairs of a spec and the `Study` of `x` on its grid, as NumPy arrays."""
+    calibration_values = x if calibration_values is None else calibration_values
+    cotangent = np.ones_like(x) if cotangent is None else cotangent
+    results = _study(x, calibration_values, cotangent)
+    return list(zip(SOME_SPECS, results, strict=True))
 
 
 few = hypothesis.settings(
@@ -136,154 +150,173 @@ def test_a_channel_axis_that_does_not_exist_is_refused(axis):
 
 
 def test_a_numpy_integer_is_a_width():
-    spec = Spec(np.int64(4), False)
-    x = jnp.array([0.0, 7.5, 15.0])
-    params = quantization.QuantParams(jnp.ones(1), jnp.zeros(1, jnp.int32))
-    np.testing.assert_array_equal(quantization.quantize(x, params, spec), [0, 8, 15])
+    for symmetric in (True, False):
+        ours, plain = Spec(np.int64(4), symmetric), Spec(4, symmetric)
+        assert type(ours.qmin) is type(ours.qmax) is int
+        assert (ours.qmin, ours.qmax) == (plain.qmin, plain.qmax)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", BITS)
-def test_every_code_survives_the_way_to_floats_and_back(bits, symmetric):
-    spec = Spec(bits, symmetric)
-    codes = np.resize(np.arange(spec.qmin, spec.qmax + 1), 256)[:, None]
+def test_every_code_survives_the_way_to_floats_and_back():
+    specs = [Spec(bits, symmetric) for bits in BITS for symmetric in (True, False)]
     scale = np.array([[1e-30, 1e-3, 0.1, 1 / 3, 0.7, 1.0, 3e4, 1e30]], np.float32)
-    zero_point = np.resize([0] if symmetric else [0, 1, spec.qmax // 2, spec.qmax], 8)
-    params = quantization.QuantParams(
-        jnp.asarray(scale), jnp.asarray(zero_point[None], jnp.int32)
-    )
-    stored = jnp.asarray(np.broadcast_to(codes, (codes.size, 8)), spec.dtype)
-    values, back = round_trip(stored, params, spec)
-    assert values.dtype == jnp.float32
-    np.testing.assert_allclose(values, scale * (codes - zero_point), rtol=1e-6)
-    assert back.dtype == (jnp.int8 if symmetric else jnp.uint8)
-    np.testing.assert_array_equal(back, stored)
+    stored, params = [], []
+    for spec in specs:
+        codes = np.resize(np.arange(spec.qmin, spec.qmax + 1), 256)[:, None]
+        last = 0 if spec.symmetric else spec.qmax
+        zero_point = np.resize([0, last and 1, last // 2, last], (1, 8))
+        stored.append(np.broadcast_to(codes, (256, 8)).astype(spec.dtype))
+        params.append(quantization.QuantParams(scale, zero_point.astype(np.int32)))
+
+    @jax.jit
+    def round_trip(stored, params):
+        values = list(map(quantization.dequantize, stored, params))
+        return values, list(map(quantization.quantize, values, params, specs))
+
+    for spec, codes, grid, values, back in zip(
+        specs, stored, params, *jax.device_get(round_trip(stored, params)), strict=True
+    ):
+        assert values.dtype == np.float32
+        exact = scale * (codes.astype(np.float64) - grid.zero_point)
+        np.testing.assert_allclose(values, exact, rtol=1e-6)
+        assert back.dtype == (np.int8 if spec.symmetric else np.uint8)
+        np.testing.assert_array_equal(back, codes)
 
 
 def test_ties_go_to_the_even_multiple_of_the_step():
-    x = jnp.array([0.25, 0.75, 1.25, -0.25, -0.75, -1.25])  # 0.5, 1.5, 2.5 steps
-    even = [0, 2, 2, 0, -2, -2]
-    params = quantization.QuantParams(jnp.full(1, 0.5), jnp.zeros(1, jnp.int32))
-    np.testing.assert_array_equal(quantization.quantize(x, params, Spec(4)), even)
-    np.testing.assert_array_equal(jnp.round(x / 0.5), even)
+    x = np.float32([0.25, 0.75, 1.25, -0.25, -0.75, -1.25])  # 0.5, 1.5, 2.5 steps
+    specs, zero_points = [Spec(4), Spec(4, False)], [0, 3]
     # The rule is about multiples of the step: an odd zero point makes the codes odd.
-    params = quantization.QuantParams(jnp.full(1, 0.5), jnp.full(1, 3, jnp.int32))
-    codes = quantization.quantize(x, params, Spec(4, False))
-    np.testing.assert_array_equal(codes, np.add(even, 3))
+
+    @jax.jit
+    def codes_of(x):
+        codes = []
+        for spec, zero_point in zip(specs, zero_points, strict=True):
+            zero_point = jnp.full(1, zero_point, jnp.int32)
+            grid = quantization.QuantParams(jnp.full(1, 0.5), zero_point)
+            codes.append(quantization.quantize(x, grid, spec))
+        return jnp.round(x / 0.5), codes
+
+    rounded, codes = jax.device_get(codes_of(x))
+    even = [0, 2, 2, 0, -2, -2]
+    np.testing.assert_array_equal(rounded, even)
+    for zero_point, found in zip(zero_points, codes, strict=True):
+        np.testing.assert_array_equal(found, np.add(even, zero_point))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_ties_are_ties_on_a_grid_of_any_scale(symmetric):
+def test_ties_are_ties_on_a_grid_of_any_scale():
     """Half steps that float32 represents exactly; a reciprocal would miss some."""
-    spec = Spec(8, symmetric)
-    odd = np.arange(2001, 2001 + 2 * 300, 2)
-    scale = np.ldexp(odd, -14).astype(np.float32)[None]
-    zero_point = 0 if symmetric else 100
-    below = np.arange(spec.qmin, spec.qmax)[:, None] - zero_point
+    zero_point = 100
+    scale = np.ldexp(np.arange(2001, 2601, 2), -14).astype(np.float32)[None]
+    below = np.arange(0, 255)[:, None] - zero_point
     x = ((below + 0.5) * scale).astype(np.float32)
     np.testing.assert_array_equal(x, (below + 0.5) * np.float64(scale))
     params = quantization.QuantParams(scale, np.full((1, 300), zero_point, np.int32))
-    codes = jax.jit(quantization.quantize, static_argnums=2)(x, params, spec)
+    codes_of = for_all([Spec(8, False)], lambda s, *a: quantization.quantize(*a, s))
     even = np.where(below % 2 == 0, below, below + 1) + zero_point
+    (codes,) = codes_of(x, params)
     np.testing.assert_array_equal(codes, np.broadcast_to(even, x.shape))
+    # Values and grids that arrive in a batch meet the same arithmetic.
+    (codes,) = jax.vmap(codes_of.compiled, (0, None))(x[None], params)
+    np.testing.assert_array_equal(codes[0], np.broadcast_to(even, x.shape))
 
 
 @few
-@hypothesis.given(
-    x=matrices,
-    spec=strategies.sampled_from(SOME_SPECS),
-    exponent=strategies.integers(-120, 120),
-)
-def test_codes_are_those_of_float32_numpy(x, spec, exponent):
+@hypothesis.given(x=matrices, exponent=strategies.integers(-120, 120))
+def test_codes_are_those_of_float32_numpy(x, exponent):
     """IEEE division and half-even rounding leave nothing to choose, bit for bit."""
     # The grid comes from other values: most of x is clipped, or falls on one point.
     measured = np.ldexp(normal(exponent + 200, 6, 3), exponent)
-    result = study(x, measured, np.ones_like(x), spec)
-    scale, zero_point = result.params
+    results = study(x, measured)
     x = np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x)  # as XLA on CPU
-    with np.errstate(over="ignore"):
-        codes = np.round(x / scale) + zero_point.astype(np.float32)
-    codes = np.clip(codes, spec.qmin, spec.qmax)
-    np.testing.assert_array_equal(result.codes, codes)
-    values = scale * (codes - zero_point).astype(np.float32)
-    np.testing.assert_array_equal(result.values, values)
+    for spec, result in results:
+        scale, zero_point = result.params
+        with np.errstate(over="ignore"):
+            codes = np.round(x / scale) + zero_point.astype(np.float32)
+        codes = np.clip(codes, spec.qmin, spec.qmax)
+        np.testing.assert_array_equal(result.codes, codes)
+        values = scale * (codes - zero_point).astype(np.float32)
+        np.testing.assert_array_equal(result.values, values)
 
 
 # --- ranges ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["absmax", "minmax"])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("axis", [None, -1, 1])
-def test_calibration_matches_the_definition_in_float64(axis, symmetric, method):
+def test_calibration_matches_the_definition_in_float64():
     x = normal(1, 3, 4, 5) + np.float32(0.3)
-    spec = Spec(4 if symmetric else 8, symmetric, axis, method)
-    params = calibrate(x, spec)
-    shape = [1, 1, 1]
-    if axis is not None:
-        shape[axis] = x.shape[axis]
-    assert params.scale.shape == params.zero_point.shape == tuple(shape)
-    assert params.scale.dtype == jnp.float32
-    assert params.zero_point.dtype == jnp.int32
-    low, high = measured_range(x, spec)
-    scale, _ = grid_of_range(low, high, spec)
-    np.testing.assert_allclose(params.scale, scale, rtol=1e-6)
-    if symmetric:  # one division, so NumPy's float32 has the same last bit
-        largest = np.maximum(-low, high).astype(np.float32)
-        np.testing.assert_array_equal(params.scale, largest / np.float32(spec.qmax))
-    # Not equality with round(): a range symmetric around 0 is a tie.
-    offset = 0.0 if symmetric else np.minimum(low, 0.0) / scale
-    assert np.all(np.abs(offset + np.asarray(params.zero_point)) <= 0.5 + 1e-4)
+    specs = [
+        Spec(4 if symmetric else 8, symmetric, axis, method)
+        for axis in (None, -1, 1)
+        for symmetric in (True, False)
+        for method in ("absmax", "minmax")
+    ]
+    calibrate_all = for_all(specs, lambda s, x: quantization.calibrate(x, s))
+    for spec, params in zip(specs, calibrate_all(x), strict=True):
+        shape = [1, 1, 1]
+        if spec.channel_axis is not None:
+            shape[spec.channel_axis] = x.shape[spec.channel_axis]
+        assert params.scale.shape == params.zero_point.shape == tuple(shape)
+        assert (params.scale.dtype, params.zero_point.dtype) == ("float32", "int32")
+        low, high = measured_range(x, spec)
+        scale, _ = grid_of_range(low, high, spec)
+        np.testing.assert_allclose(params.scale, scale, rtol=1e-6)
+        if spec.symmetric:  # one division, so NumPy's float32 has the same last bit
+            largest = np.maximum(-low, high).astype(np.float32)
+            qmax = np.float32(spec.qmax)
+            np.testing.assert_array_equal(params.scale, largest / qmax)
+        # Not equality with round(): a range symmetric around 0 is a tie.
+        offset = 0.0 if spec.symmetric else np.minimum(low, 0.0) / scale
+        assert np.all(np.abs(offset + params.zero_point) <= 0.5 + 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "spec", "scale", "zero_point"),
-    [
+def test_grids_by_hand():
+    cases = [
         (-1.0, 2.0, Spec(2, False), 1.0, 1),
         (-1.0, 14.0, Spec(4, True), 2.0, 0),
         (-21.0, 14.0, Spec(4, True), 3.0, 0),
         (3.0, 6.0, Spec(2, False), 2.0, 0),  # widened to [0, 6]
         (-6.0, -3.0, Spec(2, False), 2.0, 3),  # widened to [-6, 0]
         (0.0, 0.0, Spec(2, False), 1.0, 0),
-    ],
-)
-def test_a_grid_by_hand(low, high, spec, scale, zero_point):
-    params = quantization.params_from_range(low, high, spec)
-    assert (params.scale.item(), params.zero_point.item()) == (scale, zero_point)
+    ]
+
+    @jax.jit
+    def grids():
+        return [quantization.params_from_range(*case[:3]) for case in cases]
+
+    for case, params in zip(cases, grids(), strict=True):
+        assert (params.scale.item(), params.zero_point.item()) == case[3:]
 
 
 def test_minmax_is_absmax_on_a_symmetric_grid():
-    x = normal(2, 6, 3)
-    minmax, absmax = (Spec(8, range_method=name) for name in ("minmax", "absmax"))
-    assert_same_params(calibrate(x, minmax), calibrate(x, absmax))
+    specs = [Spec(8, range_method=name) for name in ("minmax", "absmax")]
+    both = for_all(specs, lambda s, x: quantization.calibrate(x, s))
+    assert_same_params(*both(normal(2, 6, 3)))
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        Spec(4, True, -1, "mse"),
-        Spec(4, False, -1, "mse"),
-        Spec(2, False, None, "mse"),
-    ],
-)
-def test_mse_takes_the_best_of_all_shrinks(spec):
+MSE_SPECS = [
+    Spec(4, True, -1, "mse"),
+    Spec(4, False, -1, "mse"),
+    Spec(2, False, None, "mse"),
+]
+calibrate_by_mse = for_all(MSE_SPECS, lambda s, x: quantization.calibrate(x, s))
+
+
+def test_mse_takes_the_best_of_all_shrinks():
     """Every shrink tried one by one in float64."""
     x = np.random.default_rng(0).standard_t(3, (200, 3)).astype(np.float32)
-    wide, axes = x.astype(np.float64), reduced_axes(x, spec)
-    low, high = wide.min(axes, keepdims=True), wide.max(axes, keepdims=True)
-    scales, mistakes = [], []
-    for i in range(80):
-        shrink = 1 - 0.01 * i
-        grid = grid_of_range(low * shrink, high * shrink, spec)
-        missed = np.square(nearest_on_grid(wide, *grid, spec) - wide)
-        scales.append(grid[0])
-        mistakes.append(missed.mean(axes, keepdims=True))
-    best = np.argmin(mistakes, 0)[None]
-    assert np.all(best > 0), "a heavy tail must be worth clipping"
-    params = calibrate(x, spec)
-    np.testing.assert_allclose(
-        params.scale, np.take_along_axis(np.array(scales), best, 0)[0], rtol=1e-5
-    )
+    for spec, params in zip(MSE_SPECS, calibrate_by_mse(x), strict=True):
+        wide, axes = x.astype(np.float64), reduced_axes(x, spec)
+        low, high = wide.min(axes, keepdims=True), wide.max(axes, keepdims=True)
+        scales, mistakes = [], []
+        for i in range(80):
+            shrink = 1 - 0.01 * i
+            grid = grid_of_range(low * shrink, high * shrink, spec)
+            missed = np.square(nearest_on_grid(wide, *grid, spec) - wide)
+            scales.append(grid[0])
+            mistakes.append(missed.mean(axes, keepdims=True))
+        best = np.argmin(mistakes, 0)[None]
+        assert np.all(best > 0), "a heavy tail must be worth clipping"
+        expected = np.take_along_axis(np.array(scales), best, 0)[0]
+        np.testing.assert_allclose(params.scale, expected, rtol=1e-5)
 
 
 def test_mse_keeps_the_earlier_of_two_equal_shrinks():
@@ -302,132 +335,139 @@ def test_the_shrinks_are_those_of_the_observers():
         np.testing.assert_allclose(factors, np.linspace(1, last, len(factors)))
 
 
-@pytest.mark.parametrize(
-    "spec", [Spec(4, True, -1, "mse"), Spec(4, False, -1, "mse"), Spec(8, False)]
-)
-def test_calibration_commutes_with_powers_of_two(spec):
-    """No range method looks at the unit of the weights, however tiny or huge."""
+def test_calibration_commutes_with_powers_of_two():
+    """Trying shrinks does not see the unit of the weights, however tiny or huge."""
     x = normal(3, 200, 3)
-    params = jax.device_get(calibrate(x, spec))
+    plain = calibrate_by_mse(x)
     for exponent in (-110, -70, -1, 65, 110):
-        scaled = calibrate(np.ldexp(x, exponent), spec)
-        np.testing.assert_array_equal(scaled.scale, np.ldexp(params.scale, exponent))
-        np.testing.assert_array_equal(scaled.zero_point, params.zero_point)
+        for params, scaled in zip(
+            plain, calibrate_by_mse(np.ldexp(x, exponent)), strict=True
+        ):
+            expected = np.ldexp(params.scale, exponent)
+            np.testing.assert_array_equal(scaled.scale, expected)
+            np.testing.assert_array_equal(scaled.zero_point, params.zero_point)
 
 
 @few
-@hypothesis.given(x=matrices, spec=strategies.sampled_from(SOME_SPECS))
-def test_any_finite_tensor_gets_a_usable_grid(x, spec):
-    result = study(x, x, np.ones_like(x), spec)
-    scale, zero_point = result.params
-    assert np.all(np.isfinite(scale)) and np.all(scale > 0)
-    for codes in (zero_point, result.codes):
-        assert np.all((codes >= spec.qmin) & (codes <= spec.qmax))
-    assert np.all(np.isfinite(result.values))
-    assert np.all(np.isin(result.gradient, [0.0, 1.0]))
-    zeros = study(np.zeros_like(x), x, np.ones_like(x), spec)
-    np.testing.assert_array_equal(zeros.values, 0.0)
+@hypothesis.given(x=matrices)
+def test_any_finite_tensor_gets_a_usable_grid(x):
+    for (spec, result), (_, zeros) in zip(
+        study(x), study(np.zeros_like(x), x), strict=True
+    ):
+        scale, zero_point = result.params
+        assert np.all(np.isfinite(scale)) and np.all(scale > 0)
+        for codes in (zero_point, result.codes):
+            assert np.all((codes >= spec.qmin) & (codes <= spec.qmax))
+        assert np.all(np.isfinite(result.values))
+        assert np.all(np.isin(result.gradient, [0.0, 1.0]))
+        np.testing.assert_array_equal(zeros.values, 0.0)
 
 
 @few
 @hypothesis.given(
     x=numpy_strategies.arrays(np.float32, (6, 3), elements=ordinary_floats),
-    spec=strategies.sampled_from(SOME_SPECS),
     covered=strategies.sampled_from([1.0, 0.5]),
 )
-def test_nearest_is_within_half_a_step_unless_clipped(x, spec, covered):
-    result = study(x, x * np.float32(covered), np.ones_like(x), spec)
-    scale, zero_point = map(np.float64, result.params)
-    low, high = scale * (spec.qmin - zero_point), scale * (spec.qmax - zero_point)
-    half = 0.5 * np.broadcast_to(scale, x.shape) * (1 + 1e-4)
-    inside = (x >= low) & (x <= high)
-    assert np.all(np.abs(np.float64(result.values) - x)[inside] <= half[inside])
-    ends = np.where(x < low, low, high)[~inside]
-    np.testing.assert_allclose(result.values[~inside], ends, rtol=1e-5)
-    if covered == 1.0:  # the zero point is rounded, which shifts the range of x
-        assert np.all((x >= low - half) & (x <= high + half))
+def test_nearest_is_within_half_a_step_unless_clipped(x, covered):
+    for spec, result in study(x, x * np.float32(covered)):
+        scale, zero_point = map(np.float64, result.params)
+        low, high = scale * (spec.qmin - zero_point), scale * (spec.qmax - zero_point)
+        half = 0.5 * np.broadcast_to(scale, x.shape) * (1 + 1e-4)
+        inside = (x >= low) & (x <= high)
+        assert np.all(np.abs(np.float64(result.values) - x)[inside] <= half[inside])
+        ends = np.where(x < low, low, high)[~inside]
+        np.testing.assert_allclose(result.values[~inside], ends, rtol=1e-5)
+        if covered == 1.0:  # the zero point is rounded, which shifts the range of x
+            assert np.all((x >= low - half) & (x <= high + half))
 
 
 def test_zero_channels_and_channels_below_float32_get_scale_one():
     x = np.tile(np.float32([[0.0, 1e-40, 3.0], [0.0, -1e-38, -1.5]]), (3, 1))
-    for spec in (Spec(8), Spec(4, False, -1, "minmax"), Spec(4, True, -1, "mse")):
-        params = jax.device_get(calibrate(x, spec))
-        rounded = jax.device_get(fake_quant(x, params, spec))
-        np.testing.assert_array_equal(params.scale[0, :2], 1.0)
-        np.testing.assert_array_equal(params.zero_point[0, :2], 0)
-        np.testing.assert_array_equal(rounded[:, :2], 0.0)
-        assert params.scale[0, 2] < 0.7
+    for spec, result in study(x):
+        if spec.channel_axis is not None:
+            np.testing.assert_array_equal(result.params.scale[0, :2], 1.0)
+            np.testing.assert_array_equal(result.params.zero_point[0, :2], 0)
+            assert result.params.scale[0, 2] < 0.7
+        np.testing.assert_array_equal(result.values[:, :2], 0.0)
+    tall = np.tile(x[:2], (100, 1))
+    for spec, params in zip(MSE_SPECS, calibrate_by_mse(tall), strict=True):
+        if spec.channel_axis is not None:
+            np.testing.assert_array_equal(params.scale[0, :2], 1.0)
 
 
 def test_a_range_too_wide_for_float32_gives_finite_values():
-    spec = Spec(4, False, -1, "minmax")
-    x = np.resize(np.float32([-3e38, 3e38, 1.0, 2.0]), (6, 3))
-    result = study(x, x, np.ones_like(x), spec)
-    assert np.all(np.isfinite(result.params.scale))
-    assert np.all(np.isfinite(result.values))
+    for _, result in study(np.resize(np.float32([-3e38, 3e38, 1.0, 2.0]), (6, 3))):
+        assert np.all(np.isfinite(result.params.scale))
+        assert np.all(np.isfinite(result.values))
 
 
-@pytest.mark.parametrize("method", quantization.RANGE_METHODS)
-def test_a_tensor_without_values_gets_scale_one(method):
-    spec = Spec(range_method=method)
-    params = calibrate(jnp.zeros((0, 3)), spec)
-    np.testing.assert_array_equal(params.scale, np.ones((1, 3)))
-    no_channels = calibrate(jnp.zeros((3, 0)), spec)
-    assert no_channels.scale.shape == (1, 0)
-    assert fake_quant(jnp.zeros((0, 3)), params, spec).shape == (0, 3)
+def test_a_tensor_without_values_gets_scale_one():
+    specs = [Spec(range_method=name) for name in quantization.RANGE_METHODS]
+    calibrate_all = for_all(specs, lambda s, x: quantization.calibrate(x, s))
+    for params in calibrate_all(np.zeros((0, 3), np.float32)):
+        np.testing.assert_array_equal(params.scale, np.ones((1, 3)))
+    for params in calibrate_all(np.zeros((3, 0), np.float32)):
+        assert params.scale.shape == (1, 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats_are_measured_and_quantized_as_float32(dtype):
-    spec = Spec(4, False, -1, "minmax")
     x = normal(4, 6, 3).astype(dtype)
-    ones = np.ones_like(x)
-    narrow = study(x, x, ones, spec)
-    wide = study(*(part.astype(np.float32) for part in (x, x, ones)), spec)
-    assert narrow.gradient.dtype == dtype
-    for left, right in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
-        np.testing.assert_array_equal(np.float32(left), np.float32(right))
-    rounded = fake_quant(x, narrow.params, spec)
-    assert rounded.dtype == dtype
-    np.testing.assert_array_equal(rounded, wide.values.astype(dtype))
+    wide = study(x.astype(np.float32))
+    for (spec, left), (_, right) in zip(study(x), wide, strict=True):
+        assert left.gradient.dtype == dtype
+        leaves = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+        for narrow, expected in leaves:
+            np.testing.assert_array_equal(np.float32(narrow), np.float32(expected))
+        if spec == SOME_SPECS[0]:
+            rounded = fake_quant(x, left.params, spec)
+            assert rounded.dtype == dtype
+            np.testing.assert_array_equal(rounded, right.values.astype(dtype))
 
 
 # --- fake_quant and its gradient -----------------------------------------------------
 
 
 @few
-@hypothesis.given(x=matrices, spec=strategies.sampled_from(SOME_SPECS))
-def test_fake_quant_is_dequantized_quantize_bit_for_bit(x, spec):
-    result = study(x, x, np.ones_like(x), spec)
-    rounded = fake_quant(x, result.params, spec)
-    np.testing.assert_array_equal(rounded, result.values)
+@hypothesis.given(x=matrices)
+def test_fake_quant_is_dequantized_quantize_bit_for_bit(x):
+    results = study(x)
+    rounded = fake_quant_on_grids(x, [result.params for _, result in results])
+    for values, (_, result) in zip(rounded, results, strict=True):
+        np.testing.assert_array_equal(values, result.values)
+
+
+@jax.jit
+def fake_quant_on_grids(x, grids):
+    return [
+        quantization.fake_quant(x, params, spec)
+        for params, spec in zip(grids, SOME_SPECS, strict=True)
+    ]
 
 
 @few
-@hypothesis.given(seed=seeds, spec=strategies.sampled_from(SOME_SPECS))
-def test_the_gradient_is_straight_through_except_where_clipped(seed, spec):
+@hypothesis.given(seed=seeds)
+def test_the_gradient_is_straight_through_except_where_clipped(seed):
     x, cotangent = normal(seed, 2, 6, 3)
-    result = study(x, x * np.float32(0.5), cotangent, spec)
-    scale, zero_point = map(np.float64, result.params)
-    codes = np.round(x / scale) + zero_point
-    inside = (codes >= spec.qmin) & (codes <= spec.qmax)
-    np.testing.assert_array_equal(result.gradient, np.where(inside, cotangent, 0.0))
+    for spec, result in study(x, x * np.float32(0.5), cotangent):
+        scale, zero_point = map(np.float64, result.params)
+        codes = np.round(x / scale) + zero_point
+        inside = (codes >= spec.qmin) & (codes <= spec.qmax)
+        np.testing.assert_array_equal(result.gradient, np.where(inside, cotangent, 0))
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS)
-def test_the_weights_that_set_the_scale_keep_their_gradient(spec):
+def test_the_weights_that_set_the_scale_keep_their_gradient():
     """scale * qmax misses the largest weight by a last bit, up or down, by luck."""
     for seed in range(100):
         x, cotangent = normal(seed, 2, 6, 3)
-        result = study(x, x, cotangent, spec)
-        np.testing.assert_array_equal(result.gradient, cotangent)
+        for _, result in study(x, x, cotangent):
+            np.testing.assert_array_equal(result.gradient, cotangent)
 
 
 def test_zeros_after_a_relu_keep_their_gradient():
     x, cotangent = normal(5, 2, 6, 3)
-    x = np.maximum(x, 0)
-    result = study(x, x, cotangent, Spec(4, False, -1, "minmax"))
-    np.testing.assert_array_equal(result.gradient, cotangent)
+    for _, result in study(np.maximum(x, 0), np.maximum(x, 0), cotangent):
+        np.testing.assert_array_equal(result.gradient, cotangent)
 
 
 def test_no_gradient_reaches_the_grid():
@@ -449,10 +489,13 @@ def test_straight_through_takes_value_and_gradient_from_different_arguments():
     def square(x, rounded):
         return quantization.straight_through(x, rounded) ** 2
 
-    value, gradients = jax.value_and_grad(square, argnums=(0, 1))(1.4, 1.0)
-    assert (value, gradients) == (1.0, (2.0, 0.0))
-    _, tangent = jax.jvp(square, (1.4, 1.0), (3.0, 5.0))
-    assert tangent == 6.0
+    @jax.jit
+    def derivatives(x, rounded):
+        backward = jax.value_and_grad(square, argnums=(0, 1))(x, rounded)
+        return backward, jax.jvp(square, (x, rounded), (3.0, 5.0))[1]
+
+    (value, gradients), tangent = jax.device_get(derivatives(1.4, 1.0))
+    assert (value, gradients, tangent) == (1.0, (2.0, 0.0), 6.0)
 
 
 def test_transformations_compose():
@@ -468,18 +511,20 @@ def test_transformations_compose():
     np.testing.assert_array_equal(jax.jit(jax.vmap(jax.grad(loss)))(x), one_by_one)
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_agree_bit_for_bit():
     x = normal(8, 6, 3)
-    for spec in SOME_SPECS:
-        compiled = study(x, x, np.ones_like(x), spec)
+    for spec, compiled in study(x):
         params = quantization.calibrate(jnp.asarray(x), spec)
         assert_same_params(params, compiled.params)
         codes = quantization.quantize(jnp.asarray(x), params, spec)
         np.testing.assert_array_equal(codes, compiled.codes)
+        rounded = quantization.fake_quant(jnp.asarray(x), params, spec)
+        np.testing.assert_array_equal(rounded, compiled.values)
 
 
 def test_shards_are_calibrated_like_tensors_of_their_own():
-    spec, x = Spec(4, True, -1, "mse"), normal(8, 8, 6, 3)
+    spec, x = MSE_SPECS[0], normal(8, 8, 200, 3)
     mesh = jax.make_mesh((8,), ("device",), (jax.sharding.AxisType.Auto,))
     rows = jax.sharding.PartitionSpec("device")
     on_devices = jax.shard_map(
@@ -488,11 +533,12 @@ def test_shards_are_calibrated_like_tensors_of_their_own():
         in_specs=rows,
         out_specs=rows,
     )
-    scales = jax.device_get(jax.jit(on_devices)(x.reshape(48, 3)).scale)
+    scales = jax.device_get(jax.jit(on_devices)(x.reshape(1600, 3)).scale)
     for part, scale in zip(x, scales, strict=True):
-        np.testing.assert_array_equal(calibrate(part, spec).scale[0], scale)
+        np.testing.assert_array_equal(calibrate_by_mse(part)[0].scale[0], scale)
 
 
+@pytest.mark.slow
 def test_float32_is_kept_where_x64_is_enabled():
     x, spec = normal(9, 6, 3), Spec(4, True, -1, "mse")
     params = jax.device_get(calibrate(x, spec))
@@ -528,54 +574,72 @@ def ema_of_ranges(batches, spec, ema):
     return grid_of_range(low, high, spec)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
+def test_activation_ranges_are_averaged_like_a_numpy_ema():
+    specs = [
         Spec(4, True, None, "absmax"),
         Spec(8, False, None, "minmax"),
         Spec(4, False, None, "mse"),
-    ],
-)
-def test_activation_ranges_are_averaged_like_a_numpy_ema(spec):
+    ]
+    calibrate_all = for_all(
+        specs, lambda s, x, ema: quantization.calibrate_activations(x, s, ema=ema)
+    )
     batches = normal(10, 6, 64) + np.float32(0.4)
     for ema in (0.9, 0.5):
-        params = calibrate_activations(batches, spec, ema=ema)
-        scale, zero_point = ema_of_ranges(batches, spec, ema)
-        assert params.scale.shape == params.zero_point.shape == ()
-        np.testing.assert_allclose(params.scale, scale, rtol=1e-5)
-        assert params.zero_point.item() == zero_point
+        for spec, params in zip(specs, calibrate_all(batches, ema), strict=True):
+            scale, zero_point = ema_of_ranges(batches, spec, ema)
+            assert params.scale.shape == params.zero_point.shape == ()
+            np.testing.assert_allclose(params.scale, scale, rtol=1e-5)
+            assert params.zero_point == zero_point
 
 
-@pytest.mark.parametrize(
-    ("ema", "high"), [(0.9, 0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 4), (0.5, 2.75), (0, 4)]
-)
-def test_the_average_by_hand(ema, high):
-    batches = jnp.array([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]])
-    spec = Spec(2, False, None, "minmax")
-    params = calibrate_activations(batches, spec, ema=ema)
-    assert params.scale.item() == pytest.approx(high / 3)
+def test_the_average_by_hand():
+    """Default, other and no memory; and a batch of zeros, whose range is empty.
+
+    The grid of a tensor of zeros has the scale 1, which must not enter the average.
+    """
+    batches = np.float32([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]])
+    dead_first = np.float32([[0.0, 0.0], [0.0, 0.0], [0.0, 0.1]])
+    affine, symmetric = (Spec(4, sign, None, "minmax") for sign in (False, True))
+
+    @jax.jit
+    def scales(batches, dead_first):
+        average = quantization.calibrate_activations
+        return [
+            average(batches, affine).scale,
+            average(batches, affine, ema=0.5).scale,
+            average(batches, affine, ema=0.0).scale,
+            average(dead_first, affine).scale,
+            average(dead_first, symmetric).scale,
+        ]
+
+    expected = [
+        (0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 4) / 15,
+        (0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 4) / 15,
+        4 / 15,
+        0.1 * 0.1 / 15,
+        0.1 * 0.1 / 7,
+    ]
+    np.testing.assert_allclose(scales(batches, dead_first), expected, rtol=1e-6)
 
 
 def test_one_batch_is_calibrated_by_itself():
-    batch, spec = normal(11, 1, 50), Spec(8, False, None, "minmax")
-    alone = jax.tree.map(np.squeeze, jax.device_get(calibrate(batch, spec)))
-    assert_same_params(alone, calibrate_activations(batch, spec))
+    spec, batch = Spec(8, False, None, "minmax"), normal(11, 1, 50)
+
+    @jax.jit
+    def both(batch):
+        alone = quantization.calibrate(batch[0], spec)
+        return jax.tree.map(jnp.squeeze, alone), quantization.calibrate_activations(
+            batch, spec
+        )
+
+    assert_same_params(*jax.device_get(both(batch)))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_dead_batch_counts_as_an_empty_range(symmetric):
-    """Its grid has the scale 1, which must not enter the average of the ranges."""
-    batches = jnp.array([[0.0, 0.0], [0.0, 0.1]])
-    spec = Spec(4, symmetric, None, "minmax")
-    params = calibrate_activations(batches, spec)
-    assert params.scale.item() == pytest.approx(0.1 * 0.1 / spec.qmax)
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
-def test_no_activations_at_all_give_scale_one(shape):
+def test_no_activations_at_all_give_scale_one():
     spec = Spec(8, False, None, "minmax")
-    params = calibrate_activations(jnp.zeros(shape), spec)
-    assert (params.scale, params.zero_point) == (1.0, 0)
+    for shape in ((0, 4), (3, 0)):
+        params = calibrate_activations(np.zeros(shape, np.float32), spec)
+        assert (params.scale.item(), params.zero_point.item()) == (1.0, 0)
 
 
 @pytest.mark.parametrize(
