@@ -64,10 +64,12 @@ def study(x, calibration_values=None, cotangent=None):
 
 
 few = hypothesis.settings(
-    max_examples=80, deadline=None, derandomize=True, database=None
+    max_examples=50, deadline=None, derandomize=True, database=None
 )
 seeds = strategies.integers(0, 2**31)
-any_floats = strategies.floats(allow_nan=False, allow_infinity=False, width=32)
+# Just below the largest float32, where qmax * scale may round to infinity.
+huge = float(np.float32(3e38))
+any_floats = strategies.floats(-huge, huge, width=32)
 ordinary_floats = strategies.floats(-8, 8, width=32)
 matrices = numpy_strategies.arrays(np.float32, (6, 3), elements=any_floats)
 
@@ -244,10 +246,11 @@ def test_codes_are_those_of_float32_numpy(x, exponent):
 def test_calibration_matches_the_definition_in_float64():
     x = normal(1, 3, 4, 5) + np.float32(0.3)
     specs = [
-        Spec(4 if symmetric else 8, symmetric, axis, method)
-        for axis in (None, -1, 1)
-        for symmetric in (True, False)
-        for method in ("absmax", "minmax")
+        Spec(4, True, None, "absmax"),
+        Spec(4, True, 1, "minmax"),
+        Spec(8, False, -1, "minmax"),
+        Spec(8, False, 0, "absmax"),
+        Spec(3, False, None, "minmax"),
     ]
     calibrate_all = for_all(specs, lambda s, x: quantization.calibrate(x, s))
     for spec, params in zip(specs, calibrate_all(x), strict=True):
@@ -292,11 +295,7 @@ def test_minmax_is_absmax_on_a_symmetric_grid():
     assert_same_params(*both(normal(2, 6, 3)))
 
 
-MSE_SPECS = [
-    Spec(4, True, -1, "mse"),
-    Spec(4, False, -1, "mse"),
-    Spec(2, False, None, "mse"),
-]
+MSE_SPECS = [Spec(4, True, -1, "mse"), Spec(2, False, None, "mse")]
 calibrate_by_mse = for_all(MSE_SPECS, lambda s, x: quantization.calibrate(x, s))
 
 
@@ -410,8 +409,8 @@ def test_a_tensor_without_values_gets_scale_one():
         assert params.scale.shape == (1, 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_floats_are_measured_and_quantized_as_float32(dtype):
+def test_narrow_floats_are_measured_and_quantized_as_float32():
+    dtype = jnp.bfloat16
     x = normal(4, 6, 3).astype(dtype)
     wide = study(x.astype(np.float32))
     for (spec, left), (_, right) in zip(study(x), wide, strict=True):

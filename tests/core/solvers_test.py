@@ -14,7 +14,7 @@ from nad_jax import errors
 from nad_jax.core import quantization, rounding, solvers
 
 few = hypothesis.settings(
-    max_examples=50, deadline=None, derandomize=True, database=None
+    max_examples=40, deadline=None, derandomize=True, database=None
 )
 seeds = strategies.integers(0, 2**31)
 kinds = strategies.sampled_from(["relu", "offset", "low rank", "dead inputs"])
@@ -29,6 +29,7 @@ _descend = jax.jit(
 
 # Compiling is what these tests spend their time on: one shape for most of them.
 NUM_INPUTS, NUM_OUTPUTS = 10, 32
+WIDE = (100, NUM_OUTPUTS)  # more than one block of 64, and padding
 
 
 def descend(problem, start, **knobs) -> solvers.Solution:
@@ -207,30 +208,33 @@ def test_moments_are_sums_over_rows_however_they_are_chunked():
     assert_moments_close([sum(p) for p in zip(*parts, strict=True)], expected)
 
 
-def test_moments_by_hand():
-    moments = solvers.zero_moments(2, 1)
-    moments = add_rows(moments, np.float32([[1, 2], [3, 0]]), np.float32([[1], [-1]]))
+def test_moments_and_objective_by_hand():
+    @jax.jit
+    def by_hand(inputs, drift, chosen):
+        moments = solvers.add_rows(solvers.zero_moments(2, 1), inputs, drift)
+        problem = solvers.rounding_problem(
+            moments,
+            step=jnp.full((1, 1), 0.5),
+            fraction=jnp.array([[0.5], [0.25]]),
+            nearest=jnp.zeros((2, 1)),
+            stay_cost=jnp.full((1, 1), 0.125),
+        )
+        roundings = [solvers.objective(problem, value) for value in chosen]
+        return moments, solvers.output_error(problem, chosen[0]), roundings
+
+    chosen = np.float32([[[0], [0]], [[1], [0]]])
+    moments, error, objectives = jax.device_get(
+        by_hand(np.float32([[1, 2], [3, 0]]), np.float32([[1], [-1]]), chosen)
+    )
     np.testing.assert_array_equal(moments.gram, [[10, 2], [2, 4]])
     np.testing.assert_array_equal(moments.drift, [[-2], [2]])
     np.testing.assert_array_equal(moments.drift_power, [2])
     assert moments.count == 2
-    step = jnp.full((1, 1), 0.5)
-    problem = solvers.rounding_problem(
-        moments,
-        step=step,
-        fraction=jnp.array([[0.5], [0.25]]),
-        nearest=jnp.zeros((2, 1)),
-        stay_cost=jnp.full((1, 1), 0.125),
-    )
     # Changes of the weights -1/4, -1/8; of the outputs x.d + r: 1/2, -7/4.
-    np.testing.assert_array_equal(output_error(problem, np.zeros((2, 1))), 53 / 32)
-    np.testing.assert_array_equal(
-        objective(problem, np.zeros((2, 1), np.float32)), 53 / 32 + 2 / 8
-    )
+    np.testing.assert_array_equal(error, 53 / 32)
+    np.testing.assert_array_equal(objectives[0], 53 / 32 + 2 / 8)
     # Flipping the first: changes 1/4, -1/8; outputs 1, -1/4. One weight stays.
-    np.testing.assert_array_equal(
-        objective(problem, np.float32([[1], [0]])), 17 / 32 + 1 / 8
-    )
+    np.testing.assert_array_equal(objectives[1], 17 / 32 + 1 / 8)
 
 
 def test_a_shared_gram_matrix_is_left_alone():
@@ -320,15 +324,18 @@ def test_without_drift_the_error_is_the_trace_of_the_gram_form():
 
 
 def test_no_rows_are_no_error():
-    ones = jnp.ones((5, 3))
-    problem = solvers.rounding_problem(
-        solvers.zero_moments(5, 3),
-        step=ones,
-        fraction=0.5 * ones,
-        nearest=0.0 * ones,
-        stay_cost=0.0 * ones,
-    )
-    np.testing.assert_array_equal(output_error(problem, np.float32(ones)), 0.0)
+    @jax.jit
+    def error(chosen):
+        problem = solvers.rounding_problem(
+            solvers.zero_moments(5, 3),
+            step=jnp.ones((5, 3)),
+            fraction=jnp.full((5, 3), 0.5),
+            nearest=jnp.zeros((5, 3)),
+            stay_cost=jnp.zeros((1, 1)),
+        )
+        return solvers.output_error(problem, chosen)
+
+    np.testing.assert_array_equal(error(np.ones((5, 3), np.float32)), 0.0)
 
 
 def test_moments_of_another_layer_are_refused():
@@ -412,8 +419,8 @@ def test_descent_never_rises_and_ends_where_no_single_flip_improves(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_descent_makes_the_flips_of_a_naive_descent(seed):
-    """Same visits, each judged by the whole objective; three blocks, one padded."""
-    problem = exact_problem(seed, (150, NUM_OUTPUTS))
+    """Same visits, each judged by the whole objective; two blocks, one padded."""
+    problem = exact_problem(seed, WIDE)
     start = problem.nearest
     solution = descend(problem, start, block_size=64)
     chosen, trace = descend_by_hand(problem, start)
@@ -423,29 +430,32 @@ def test_descent_makes_the_flips_of_a_naive_descent(seed):
     np.testing.assert_array_equal(solution.trace[len(trace) :], trace[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1, 1000])
 def test_the_block_size_does_not_change_the_flips(block_size):
-    problem = exact_problem(0, (150, NUM_OUTPUTS))
+    problem = exact_problem(0, WIDE)
     expected = descend(problem, problem.nearest, block_size=64)
     solution = descend(problem, problem.nearest, block_size=block_size)
     for left, right in zip(solution, expected, strict=True):
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("max_sweeps", [0, 1])
-def test_descent_stops_after_max_sweeps(max_sweeps):
+def test_descent_stops_after_max_sweeps():
     problem = exact_problem(0, (40, 8))
-    solution = descend(problem, problem.nearest, max_sweeps=max_sweeps)
-    chosen, trace = descend_by_hand(problem, problem.nearest, max_sweeps)
+
+    solution = descend(problem, problem.nearest, max_sweeps=1)
+    chosen, trace = descend_by_hand(problem, problem.nearest, max_sweeps=1)
     np.testing.assert_array_equal(solution.rounding, chosen)
     np.testing.assert_array_equal(solution.trace, trace)
-    assert solution.sweeps == max_sweeps
+    assert solution.sweeps == 1
+    longer = descend_by_hand(problem, problem.nearest)[0]
+    assert np.any(longer != chosen), "one sweep was enough: this tells nothing"
 
 
 def test_inputs_that_do_not_matter_do_not_matter():
     """Dead inputs and pinned weights at the end act like the padding of a block."""
-    problem = exact_problem(4, (150, NUM_OUTPUTS))
-    dead = np.arange(150) >= NUM_INPUTS
+    problem = exact_problem(4, WIDE)
+    dead = np.arange(WIDE[0]) >= NUM_INPUTS
     gram = np.where(dead[:, None] | dead[None], 0, problem.gram)
     small = problem._replace(
         gram=gram,
@@ -541,7 +551,7 @@ def test_a_higher_price_flips_more_weights_on_average():
 
 
 def test_permuting_channels_commutes():
-    problem = exact_problem(5, (150, NUM_OUTPUTS))
+    problem = exact_problem(5, WIDE)
     order = np.random.default_rng(5).permutation(NUM_OUTPUTS)
     permuted = solvers.RoundingProblem(
         problem.gram, *(a[..., order] for a in problem[1:])
@@ -598,33 +608,29 @@ def test_scaling_the_inputs_changes_nothing_without_a_price():
 
 
 def test_near_ties_between_price_and_gain_do_not_cycle():
-    """Each channel's one weight is balanced to the last bit: both states look worse.
+    """Weights balanced to the last bit, where both states may look the worse one.
 
-    The gain of a flip is the difference of two numbers as large as the price.
+    The gain of such a flip is the difference of two numbers as large as the price.
     """
-    random = np.random.default_rng(8)
-    shape = (1, 20_000)
-    fraction, step = random.uniform(0.01, 0.99, shape), random.uniform(0.01, 0.1, shape)
-    nearest = np.round(fraction)
-    price = 1e3 * step**2 * random.uniform(1, 2, shape)
-    move = step * (1 - 2 * nearest)
-    slope = (price - move**2) / (2 * move)
-    arrays = (
-        np.ones((1, 1)),
-        slope - step * (nearest - fraction),
-        np.zeros(shape[1]),
-        step,
-        fraction,
-        nearest,
-        price,
-    )
-    problem = solvers.RoundingProblem(*(a.astype(np.float32) for a in arrays))
-    solution = descend(problem, problem.nearest)
-    assert solution.sweeps < 20
-    balance = np.abs(gains_of_single_flips(problem, problem.nearest))
-    assert np.all(balance < 1e-5 * price), "the example is not what it says"
+    shape, sweeps = (NUM_INPUTS, NUM_OUTPUTS), []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        fraction = random.uniform(0.01, 0.99, shape)
+        step = random.uniform(0.01, 0.1, shape)
+        nearest = np.round(fraction)
+        price = 1e3 * step**2 * random.uniform(1, 2, shape)
+        move = step * (1 - 2 * nearest)
+        slope = (price - move**2) / (2 * move)
+        drift = slope - step * (nearest - fraction)
+        arrays = (np.eye(len(step)), drift, 0 * step[0], step, fraction, nearest, price)
+        problem = solvers.RoundingProblem(*(a.astype(np.float32) for a in arrays))
+        sweeps.append(descend(problem, problem.nearest).sweeps)
+        balance = np.abs(gains_of_single_flips(problem, problem.nearest))
+        assert np.all(balance < 1e-5 * price), "the example is not what it says"
+    assert max(sweeps) < 20
 
 
+@pytest.mark.slow
 def test_a_large_layer_still_ends_in_a_local_optimum():
     """Slopes are kept up to date over thousands of flips, and stay right."""
     shape = (300, 16)
@@ -636,6 +642,7 @@ def test_a_large_layer_still_ends_in_a_local_optimum():
     assert_no_single_flip_improves(problem, solution.rounding)
 
 
+@pytest.mark.slow
 def test_vmap_solves_each_problem_on_its_own():
     problems = [random_problem(s, "relu", 0.01) for s in (10, 11)]
     stacked = jax.tree.map(lambda *a: np.stack(a), *problems)
@@ -660,7 +667,9 @@ def test_a_rounding_has_no_gradient():
     np.testing.assert_array_equal(gradient(problem.drift), 0.0)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (3, 0), pytest.param((1, 1), marks=pytest.mark.slow)]
+)
 def test_layers_of_almost_nothing_are_solved(shape):
     problem = random_problem(0, "relu", 0.0, (max(shape[0], 1), max(shape[1], 1)))
     keep, channels = slice(shape[0]), slice(shape[1])
@@ -677,6 +686,7 @@ def test_layers_of_almost_nothing_are_solved(shape):
     np.testing.assert_allclose(solution.trace[-1], error, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_float32_is_kept_where_x64_is_enabled():
     problem, layer = random_problem(13, flip_weight=0.01), random_layer(13)
     expected = descend(problem, problem.nearest)

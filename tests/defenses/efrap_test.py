@@ -1,0 +1,839 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing a module of one's own; errors are measured by forward passes."""
+
+import dataclasses
+import functools
+import warnings
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax import errors
+from nad_jax.core import quantization
+from nad_jax.defenses import adam_rounding, efrap
+from nad_jax.defenses import moments as moments_lib
+
+GRAM = adam_rounding.AdamSettings("gram", steps=30, learning_rate=0.05)
+MINIBATCH = adam_rounding.AdamSettings("minibatch", steps=3, batch_size=20)
+
+
+class Net(nn.Module):
+    """Setup style, residual, strided, grouped; sows the output of each layer."""
+
+    def setup(self):
+        self.head = nn.Dense(3)
+        self.stem = nn.Conv(6, (3, 2), strides=2, padding=((1, 0), (0, 1)))
+        self.norm = nn.BatchNorm()
+        self.inner = nn.Conv(6, (3, 3), feature_group_count=2, use_bias=False)
+
+    def keep(self, layer, x):
+        y = layer(x)
+        self.sow("outputs", f"of_{layer.name}", y)
+        return y
+
+    def __call__(self, x, *, train):
+        x = nn.relu(self.norm(self.keep(self.stem, x), use_running_average=not train))
+        x = nn.relu(x + self.keep(self.inner, x))
+        return self.keep(self.head, x.mean(axis=(1, 2)))
+
+
+class Small(nn.Module):
+    """Compact; three layers of one shape, which is compiled once."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for name in ("first", "second", "third"):
+            y = nn.Dense(5, name=name)(x)
+            self.sow("outputs", f"of_{name}", y)
+            x = nn.relu(y)
+        return y
+
+
+APPLY_KWARGS = {"train": False}
+
+
+def some_variables(module, images, **kwargs):
+    """Kernels are normal, everything else uniform in [0.3, 1)."""
+    generator = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if path[-1].key == "kernel":
+            value = generator.normal(size=leaf.shape) / np.sqrt(leaf.shape[-2])
+        else:
+            value = generator.uniform(0.3, 1, leaf.shape)
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = dict(
+        jax.eval_shape(
+            functools.partial(module.init, **kwargs), jax.random.key(0), images
+        )
+    )
+    shapes.pop("outputs", None)
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def uniform(shape):
+    return jnp.asarray(np.random.default_rng(1).uniform(0, 1, shape), jnp.float32)
+
+
+class Case:
+    """A module, and every quantization of it asked for so far."""
+
+    def __init__(self, module, layers, images):
+        self.module, self.layers, self.images = module, layers, images
+        self.variables = some_variables(module, images, train=False)
+        self.kept = jax.tree.map(np.array, (self.variables, self.images))
+        apply = functools.partial(self.module.apply, train=False, mutable=["outputs"])
+        self._outputs = jax.jit(lambda variables: apply(variables, self.images)[1])
+        self._results = {}
+
+    def quantize(self, method, **kwargs):
+        name = (method, tuple(sorted(kwargs.items())))
+        if name not in self._results:
+            self._results[name] = self.fresh(method, **kwargs)
+        return self._results[name]
+
+    def fresh(self, method, **kwargs):
+        kwargs = {"apply_kwargs": APPLY_KWARGS, **kwargs}
+        return efrap.efrap(
+            self.module, self.variables, self.images, method=method, **kwargs
+        )
+
+    def outputs(self, variables):
+        """Layer name -> its output, float64."""
+        sown = self._outputs(variables)["outputs"]
+        return {
+            name: np.asarray(sown[f"of_{name}"][0], np.float64) for name in self.layers
+        }
+
+    def output_errors(self, variables):
+        """Layer name -> mean over positions of the squared error over channels."""
+        got, wanted = self.outputs(variables), self.outputs(self.variables)
+        return {
+            name: np.mean(np.sum((got[name] - wanted[name]) ** 2, axis=-1))
+            for name in self.layers
+        }
+
+    def kernel(self, name):
+        return np.asarray(self.variables["params"][name]["kernel"])
+
+
+@pytest.fixture(scope="module")
+def convolutional():
+    return Case(Net(), ["stem", "inner", "head"], uniform((24, 7, 6, 2)))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return Case(Small(), ["first", "second", "third"], uniform((40, 5)))
+
+
+@pytest.fixture(params=["convolutional", "dense"])
+def case(request):
+    return request.getfixturevalue(request.param)
+
+
+METHODS = [
+    ("nearest", {}),
+    ("flipped", {}),
+    ("stochastic", {}),
+    ("coordinate", {}),
+    ("coordinate", {"flip_weight": 0.0}),
+    ("adam", {"adam": GRAM}),
+    ("adam", {"adam": MINIBATCH}),
+]
+
+
+def named(method):
+    return method[0] + "".join(
+        f"-{getattr(value, 'form', value)}" for value in method[1].values()
+    )
+
+
+def each_method_on(*, slow):
+    """(fixture, method); what takes long to compile on convolutions is slow."""
+    quick = {
+        "dense": METHODS,
+        "convolutional": [m for m in METHODS if m[0] in ("nearest", "coordinate")],
+    }
+    rest = {"convolutional": [m for m in METHODS if m not in quick["convolutional"]]}
+    marks = [pytest.mark.slow] if slow else []
+    return [
+        pytest.param(name, method, id=f"{name}-{named(method)}", marks=marks)
+        for name, methods in (rest if slow else quick).items()
+        for method in methods
+    ]
+
+
+EACH = pytest.mark.parametrize(
+    ("name", "method"), each_method_on(slow=False) + each_method_on(slow=True)
+)
+
+
+@pytest.fixture
+def quantized(request, name, method):
+    """One method on one module, and nearest on the same."""
+    case = request.getfixturevalue(name)
+    return case, case.quantize(method[0], **method[1]), case.quantize("nearest")
+
+
+# ---- what every method returns ----
+
+
+@EACH
+def test_only_kernels_change_and_they_are_codes_times_scale_to_the_bit(quantized):
+    case, result, _ = quantized
+    assert jax.tree.structure(result.variables) == jax.tree.structure(case.variables)
+    assert list(result.codes) == list(result.quant_params) == case.layers
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result.variables):
+        keys = [key.key for key in path]
+        before = functools.reduce(lambda tree, key: tree[key], keys, case.variables)
+        assert (leaf.shape, leaf.dtype) == (before.shape, before.dtype)
+        if keys[-1] != "kernel":
+            np.testing.assert_array_equal(leaf, before)
+            continue
+        codes, params = result.codes[keys[1]], result.quant_params[keys[1]]
+        assert codes.dtype == jnp.int8 and codes.shape == leaf.shape
+        assert np.abs(codes).max() <= 7
+        on_grid = np.asarray(params.scale) * np.asarray(codes).astype(np.float32)
+        np.testing.assert_array_equal(leaf, on_grid)
+        assert np.any(leaf != before)
+
+
+@EACH
+def test_each_weight_takes_one_of_its_two_neighbours_and_the_rate_counts_them(
+    quantized,
+):
+    case, result, nearest = quantized
+    flipped = total = 0
+    for name, report in result.layers.items():
+        steps = case.kernel(name) / np.asarray(result.quant_params[name].scale)
+        codes = np.asarray(result.codes[name], np.float64)
+        assert np.all(np.abs(codes - steps) < 1 + 1e-4)
+        differs = codes != np.asarray(nearest.codes[name])
+        assert report.flip_rate == pytest.approx(differs.mean(), abs=1e-6)
+        flipped, total = flipped + differs.sum(), total + differs.size
+    assert result.flip_rate == pytest.approx(flipped / total, abs=1e-6)
+
+
+@EACH
+def test_reports_follow_the_forward_pass(quantized, method):
+    case, result, _ = quantized
+    looks = method[0] in ("coordinate", "adam")
+    for name, report in zip(case.layers, result.layers.values(), strict=True):
+        assert report.name == name
+        assert report.kernel_shape == case.kernel(name).shape
+        assert report.bits == 4 and report.seconds >= 0
+        assert (report.objective is not None) == looks
+        assert (report.objective_nearest is not None) == looks
+        assert (report.soft_objective is not None) == (method[0] == "adam")
+        if method[0] == "coordinate":
+            assert report.trace[0] == report.objective_nearest
+            assert report.trace[-1] == report.objective
+            assert np.all(np.diff(report.trace) < 0)
+
+
+@EACH
+def test_quantizing_again_gives_the_same_codes_and_changes_no_input(quantized, method):
+    case, result, _ = quantized
+    again = case.fresh(method[0], **method[1])
+    jax.tree.map(np.testing.assert_array_equal, again.codes, result.codes)
+    inputs = (case.variables, case.images)
+    jax.tree.map(np.testing.assert_array_equal, inputs, case.kept)
+
+
+# ---- roundings that look at no images ----
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_nearest_is_numpy_rounding_on_the_absmax_grid(case, bits):
+    result = case.quantize("nearest", weight_bits=bits)
+    for name in case.layers:
+        kernel, qmax = case.kernel(name), 2 ** (bits - 1) - 1
+        axes = tuple(range(kernel.ndim - 1))
+        scale = np.abs(kernel).max(axis=axes, keepdims=True) / np.float32(qmax)
+        np.testing.assert_allclose(result.quant_params[name].scale, scale, rtol=1e-6)
+        np.testing.assert_array_equal(result.quant_params[name].zero_point, 0)
+        np.testing.assert_array_equal(result.codes[name], np.round(kernel / scale))
+        assert result.layers[name].flip_rate == 0
+
+
+def test_another_grid_is_used_as_given_but_for_its_bits(convolutional):
+    """Affine, one scale for the whole tensor."""
+    spec = quantization.QuantSpec(8, False, None, "minmax")
+    result = convolutional.quantize("nearest", spec=spec, weight_bits=3)
+    for name in convolutional.layers:
+        assert result.specs[name] == dataclasses.replace(spec, bits=3)
+        kernel = convolutional.kernel(name).astype(np.float64)
+        scale = (max(kernel.max(), 0) - min(kernel.min(), 0)) / 7
+        zero_point = np.round(-min(kernel.min(), 0) / scale)
+        codes = np.clip(np.round(kernel / scale) + zero_point, 0, 7)
+        assert result.codes[name].dtype == jnp.uint8
+        np.testing.assert_array_equal(result.codes[name], codes)
+        np.testing.assert_allclose(
+            result.variables["params"][name]["kernel"],
+            scale * (codes - zero_point),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+def test_flipped_leaves_only_weights_that_have_no_choice_at_nearest(case):
+    flipped, nearest = case.quantize("flipped"), case.quantize("nearest")
+    for name in case.layers:
+        codes = np.asarray(nearest.codes[name])
+        stays = np.asarray(flipped.codes[name]) == codes
+        steps = case.kernel(name) / np.asarray(nearest.quant_params[name].scale)
+        on_grid = np.abs(steps - np.round(steps)) < 1e-4
+        np.testing.assert_array_equal(stays, on_grid)
+        assert stays.mean() < 0.5
+
+
+def test_stochastic_depends_on_the_key_alone(dense):
+    key = jax.random.key(5)
+    first, again = (dense.fresh("stochastic", key=key) for _ in range(2))
+    other = dense.quantize("stochastic")
+    for name in dense.layers:
+        np.testing.assert_array_equal(first.codes[name], again.codes[name])
+        assert np.any(first.codes[name] != other.codes[name])
+    assert 0.05 < first.flip_rate < 0.5
+    default = dense.fresh("stochastic", key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, default.codes, other.codes)
+
+
+# ---- coordinate ----
+
+
+def test_the_objective_without_flip_price_is_the_error_of_a_forward_pass(case):
+    result = case.quantize("coordinate", flip_weight=0.0)
+    errors_of = case.output_errors(result.variables)
+    nearest = case.quantize("nearest").variables["params"]
+    for name, report in result.layers.items():
+        assert report.objective == pytest.approx(errors_of[name], rel=1e-3)
+        # The same prefix, and nearest at this layer.
+        params = result.variables["params"]
+        own = {**params[name], "kernel": nearest[name]["kernel"]}
+        swapped = {**result.variables, "params": {**params, name: own}}
+        measured = case.output_errors(swapped)[name]
+        assert report.objective_nearest == pytest.approx(measured, rel=1e-3)
+        assert report.objective < report.objective_nearest
+
+
+def test_reconstruction_has_a_lower_output_error_than_nearest(case):
+    errors_of = {
+        method: case.output_errors(case.quantize(method, **kwargs).variables)
+        for method, kwargs in [("nearest", {}), ("coordinate", {"flip_weight": 0.0})]
+    }
+    for name in case.layers:
+        assert errors_of["coordinate"][name] < 0.8 * errors_of["nearest"][name]
+
+
+FLIP_WEIGHTS = [0.0, 0.02, 0.2, 2.0, 1e4]
+
+
+def test_a_higher_flip_weight_flips_more_until_nothing_is_left(convolutional):
+    rates = [
+        convolutional.quantize("coordinate", flip_weight=w).flip_rate
+        for w in FLIP_WEIGHTS
+    ]
+    assert np.all(np.diff(rates) > 0), rates
+    assert rates[-1] == pytest.approx(convolutional.quantize("flipped").flip_rate)
+
+
+@pytest.mark.parametrize("flip_weight", FLIP_WEIGHTS[1:4])
+def test_efrap_moves_weights_further_than_nearest_and_outputs_little(case, flip_weight):
+    """What outputs may lose is bounded by what leaving nearest has earned."""
+    result = case.quantize("coordinate", flip_weight=flip_weight)
+    nearest = case.quantize("nearest").variables["params"]
+    errors_of = case.output_errors(result.variables)
+    for name in case.layers:
+        kernel = case.kernel(name)
+        own = result.variables["params"][name]
+        moved = kernel - np.asarray(own["kernel"])
+        nearest_moved = kernel - np.asarray(nearest[name]["kernel"])
+        assert np.sum(moved**2) > np.sum(nearest_moved**2)
+        at_nearest = {**own, "kernel": nearest[name]["kernel"]}
+        params = {**result.variables["params"], name: at_nearest}
+        bound = case.output_errors({**result.variables, "params": params})[name]
+        bound += flip_weight * np.sum(np.abs(nearest_moved))
+        assert errors_of[name] <= bound * (1 + 1e-3)
+
+
+def test_few_sweeps_stop_early(dense):
+    one = dense.quantize("coordinate", max_sweeps=1)
+    full = dense.quantize("coordinate")
+    assert max(len(report.trace) for report in one.layers.values()) == 2
+    assert max(len(report.trace) for report in full.layers.values()) > 2
+    assert one.layers["stem"].objective >= full.layers["stem"].objective
+
+
+# ---- activations ----
+
+
+def test_float_activations_are_the_module_itself(convolutional):
+    result = convolutional.quantize("nearest")
+    np.testing.assert_array_equal(
+        result.apply(result.variables, convolutional.images),
+        convolutional.module.apply(result.variables, convolutional.images, train=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def with_activations(dense):
+    """Bits -> everything quantized, weights at 8 bits."""
+    return {
+        bits: dense.quantize("nearest", act_bits=bits, weight_bits=8)
+        for bits in (2, 4, 8)
+    }
+
+
+def test_fewer_activation_bits_mean_a_larger_error(dense, with_activations):
+    wanted = dense.outputs(dense.variables)["third"]
+    missed = []
+    for result in with_activations.values():
+        got = np.asarray(result.apply(result.variables, dense.images), np.float64)
+        missed.append(np.mean((got - wanted) ** 2))
+    assert missed[0] > 4 * missed[1] > 16 * missed[2] > 0
+
+
+def test_apply_is_the_same_under_jit(dense, with_activations):
+    result = with_activations[4]
+    np.testing.assert_allclose(
+        jax.jit(result.apply)(result.variables, dense.images),
+        result.apply(result.variables, dense.images),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_module_jitted_before_does_not_lose_its_activation_grids(dense):
+    """A compiled module that is called again sees no interceptor."""
+    result = dense.quantize("nearest", act_bits=2, weight_bits=8)
+    plain = jax.jit(functools.partial(dense.module.apply, train=False))
+    before = plain(result.variables, dense.images)
+    got = jax.jit(result.apply)(result.variables, dense.images)
+    assert float(jnp.max(jnp.abs(got - before))) > 1e-3
+    np.testing.assert_array_equal(plain(result.variables, dense.images), before)
+
+
+class OneDense(nn.Module):
+    features: int
+    dtype: type | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features, dtype=self.dtype, name="dense")(x)
+
+
+@pytest.mark.parametrize("act_bits", [2, 5])
+def test_a_layer_sees_inputs_on_the_grid_of_its_activations(act_bits):
+    """An identity kernel shows what the layer was fed."""
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 3, (40, 4)), jnp.float32)
+    variables = {"params": {"dense": {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}}}
+    result = efrap.efrap(
+        OneDense(4), variables, images, method="nearest", act_bits=act_bits
+    )
+    grid = result.act_params["dense"]
+    fed = np.asarray(result.apply(result.variables, images), np.float64)
+    codes = fed / float(grid.scale.squeeze()) + float(grid.zero_point.squeeze())
+    np.testing.assert_allclose(codes, np.round(codes), atol=1e-3)
+    assert -1e-3 < codes.min() and codes.max() < 2**act_bits - 1 + 1e-3
+    assert len(np.unique(np.round(codes))) > 2 ** (act_bits - 1)
+
+
+def test_activation_ranges_come_from_every_channel():
+    """32 * 24 * 24 * 3 values are thinned by a stride that 3 must not divide."""
+    images = np.zeros((32, 24, 24, 3), np.float32)
+    images[..., 1] = np.random.default_rng(0).uniform(0, 10, images.shape[:3])
+    variables = some_variables(OneDense(2), jnp.asarray(images))
+    result = efrap.efrap(
+        OneDense(2), variables, jnp.asarray(images), method="nearest", act_bits=8
+    )
+    top = 255 * float(result.act_params["dense"].scale.squeeze())
+    assert 9 < top < 10.5
+
+
+def test_reconstruction_sees_activations_as_the_quantized_module_feeds_them(dense):
+    """Its objective is the error of `apply`, activations quantized."""
+    result = dense.quantize("coordinate", flip_weight=0.0, act_bits=4)
+    got = np.asarray(result.apply(result.variables, dense.images), np.float64)
+    wanted = dense.outputs(dense.variables)["third"]
+    error = np.mean(np.sum((got - wanted) ** 2, axis=-1))
+    assert result.layers["third"].objective == pytest.approx(error, rel=1e-2)
+
+
+# ---- bits of the ends, folding ----
+
+
+def test_first_and_last_layer_have_bits_of_their_own(convolutional):
+    result = convolutional.quantize("nearest", first_last_bits=8, weight_bits=3)
+    for name, bits in zip(convolutional.layers, (8, 3, 8), strict=True):
+        assert result.specs[name].bits == result.layers[name].bits == bits
+        assert np.abs(result.codes[name]).max() == 2 ** (bits - 1) - 1
+
+
+def test_folding_quantizes_the_folded_kernel_on_its_own_grid(convolutional):
+    result = convolutional.quantize("nearest", fold_batch_norm=True, weight_bits=8)
+    params, stats = (
+        convolutional.variables["params"],
+        convolutional.variables["batch_stats"]["norm"],
+    )
+    factor = np.asarray(params["norm"]["scale"]) / np.sqrt(
+        np.asarray(stats["var"]) + 1e-5
+    )
+    kernel = convolutional.kernel("stem") * factor
+    scale = np.abs(kernel).max(axis=(0, 1, 2), keepdims=True) / 127
+    got = result.quant_params["stem"].scale
+    np.testing.assert_allclose(got, scale, rtol=1e-5)
+    plain = convolutional.quantize("nearest", weight_bits=8)
+    assert np.all(np.abs(np.asarray(got / plain.quant_params["stem"].scale) - 1) > 1e-3)
+    assert jax.tree.structure(result.variables) == jax.tree.structure(
+        convolutional.variables
+    )
+    wanted = convolutional.outputs(convolutional.variables)["head"]
+    missed = convolutional.outputs(result.variables)["head"] - wanted
+    assert np.sqrt(np.mean(missed**2)) < 0.02 * np.std(wanted)
+    jax.tree.map(
+        np.testing.assert_array_equal, convolutional.variables, convolutional.kept[0]
+    )
+
+
+class UsedElsewhere(nn.Module):
+    where: str
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        y = nn.Dense(3, name="dense")(x)
+        z = norm(y)
+        if self.where == "added":
+            z = z + y
+        if self.where == "same norm":
+            z = z + norm(nn.Dense(3, name="other")(x))
+        return {"a_logits": z, "b_raw": y if self.where == "second output" else z}
+
+
+def fold(where):
+    images = uniform((5, 3))
+    variables = some_variables(UsedElsewhere(where), images)
+    return [
+        efrap.efrap(
+            UsedElsewhere(where),
+            variables,
+            images,
+            method="nearest",
+            fold_batch_norm=folds,
+        )
+        .quant_params["dense"]
+        .scale
+        for folds in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("where", ["nowhere", "added", "second output"])
+def test_a_layer_whose_output_is_used_elsewhere_keeps_its_batch_norm(where):
+    plain, folded = fold(where)
+    assert bool(jnp.all(plain == folded)) == (where != "nowhere")
+
+
+def test_folding_that_would_change_the_module_is_refused():
+    """Two layers cannot both take the factor of one BatchNorm."""
+    one_line_error(lambda: fold("same norm"), "BatchNorm cannot be folded")
+
+
+# ---- unusual modules ----
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(5, name="shared")
+        return nn.Dense(5, name="last")(nn.relu(shared(nn.relu(shared(x)))))
+
+
+@pytest.mark.parametrize("act_bits", [None, 3])
+def test_a_layer_called_twice_warns_and_later_layers_see_both_calls(act_bits):
+    images = uniform((40, 5))
+    variables = some_variables(Twice(), images)
+    with pytest.warns(UserWarning, match="layer shared is called 2 times"):
+        result = efrap.efrap(
+            Twice(), variables, images, flip_weight=0.0, act_bits=act_bits
+        )
+    assert list(result.layers) == ["shared", "last"]
+    got = np.asarray(result.apply(result.variables, images), np.float64)
+    wanted = np.asarray(Twice().apply(variables, images), np.float64)
+    error = np.mean(np.sum((got - wanted) ** 2, axis=-1))
+    assert result.layers["last"].objective == pytest.approx(error, rel=1e-3)
+
+
+class Unused(nn.Module):
+    use: bool = True
+
+    @nn.compact
+    def __call__(self, x, *, use=False):
+        y = nn.Dense(3, name="used")(x)
+        if use:
+            y = nn.Dense(3, name="unused")(y)
+        return nn.DenseGeneral(2, name="general")(y)
+
+
+def test_kernels_that_nobody_quantizes_warn_and_stay():
+    images = jnp.ones((4, 3))
+    variables = some_variables(Unused(), images, use=True)
+    with pytest.warns(UserWarning) as caught:
+        result = efrap.efrap(Unused(), variables, images, method="nearest")
+    assert sorted(str(w.message).split()[1] for w in caught) == ["general", "unused"]
+    assert list(result.codes) == ["used"]
+    for name in ("unused", "general"):
+        np.testing.assert_array_equal(
+            result.variables["params"][name]["kernel"],
+            variables["params"][name]["kernel"],
+        )
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(4, name=name)(x) for name in ("query", "key", "value"))
+        weights = nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k))
+        return nn.Dense(4, name="out")(weights @ v)
+
+
+def test_query_key_and_value_share_one_gram_matrix(monkeypatch):
+    flags = []
+    add_chunk = moments_lib._add_chunk
+
+    def counting(geometry, with_gram, *arguments):
+        flags.append(with_gram)
+        return add_chunk(geometry, with_gram, *arguments)
+
+    monkeypatch.setattr(moments_lib, "_add_chunk", counting)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5, 4)), jnp.float32)
+    variables = some_variables(Attention(), images)
+    result = efrap.efrap(Attention(), variables, images, flip_weight=0.0)
+    assert list(result.layers) == ["query", "key", "value", "out"]
+    assert flags == [True, False, False, True]
+    # A Gram matrix of other inputs would not give the true error.
+    rows = np.asarray(images, np.float64).reshape(-1, 4)
+    for name in ("query", "key", "value"):
+        moved = np.asarray(result.variables["params"][name]["kernel"], np.float64)
+        moved = moved - np.asarray(variables["params"][name]["kernel"], np.float64)
+        error = np.mean(np.sum((rows @ moved) ** 2, axis=-1))
+        assert result.layers[name].objective == pytest.approx(error, rel=1e-3)
+
+
+def test_a_frozen_dict_comes_back_frozen():
+    images = jnp.ones((4, 3))
+    variables = flax.core.freeze(some_variables(OneDense(2), images))
+    result = efrap.efrap(OneDense(2), variables, images, method="nearest")
+    assert jax.tree.structure(result.variables) == jax.tree.structure(variables)
+
+
+def test_a_bfloat16_layer_is_reconstructed():
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(64, 6)), jnp.float32)
+    module = OneDense(5, jnp.bfloat16)
+    variables = some_variables(module, images)
+    result = efrap.efrap(module, variables, images, flip_weight=0.0)
+    assert result.layers["dense"].objective < result.layers["dense"].objective_nearest
+
+
+class Lifted(nn.Module):
+    transform: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.transform == "scan":
+            body = nn.scan(
+                Step,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            return nn.Dense(2, name="last")(body(name="block")(x, None)[0])
+        block = getattr(nn, self.transform)(OneDense)(3, name="block")
+        return nn.Dense(2, name="last")(block(x))
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, carry, _):
+        return nn.Dense(3, name="dense")(carry), None
+
+
+@pytest.mark.parametrize("transform", ["remat", "jit", "scan"])
+def test_a_module_with_lifted_layers_is_refused_in_one_line(transform):
+    """A jitted block that has run hides its layer: float weights, silently."""
+    module, images = Lifted(transform), jnp.ones((4, 3))
+    variables = some_variables(module, images)
+    if transform == "jit":
+        module.apply(variables, images)
+    one_line_error(
+        lambda: efrap.efrap(module, variables, images), "block/dense", transform
+    )
+    if transform != "scan":
+        blind = efrap.efrap(module, variables, images, method="nearest")
+        assert list(blind.layers) == ["block/dense", "last"]
+
+
+# ---- progress ----
+
+
+def test_on_layer_gets_each_report_when_it_is_done(case):
+    seen = []
+    result = case.fresh("coordinate", on_layer=seen.append)
+    assert seen == list(result.layers.values())
+
+
+@pytest.mark.parametrize("method", ["nearest", "coordinate"])
+def test_an_exception_of_on_layer_ends_the_run(case, method):
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def stop(report):
+        seen.append(report.name)
+        if len(seen) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        case.fresh(method, on_layer=stop)
+    assert seen == case.layers[:2]
+
+
+# ---- bad input ----
+
+
+def one_line_error(function, *words):
+    with pytest.raises(errors.InputError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"weight_bits": 1}, ["weight_bits", "2 to 8", "1"]),
+        ({"weight_bits": 9}, ["weight_bits", "9"]),
+        ({"weight_bits": 4.5}, ["weight_bits", "4.5"]),
+        ({"weight_bits": True}, ["weight_bits", "True"]),
+        ({"weight_bits": "4"}, ["weight_bits", "'4'"]),
+        ({"weight_bits": None}, ["weight_bits", "None"]),
+        ({"act_bits": 16}, ["act_bits", "16"]),
+        ({"first_last_bits": 0}, ["first_last_bits", "0"]),
+        ({"method": "newest"}, ["newest", "nearest, flipped, stochastic"]),
+        ({"method": None}, ["None", "coordinate"]),
+        ({"flip_weight": -0.1}, ["flip_weight", "-0.1"]),
+        ({"flip_weight": NAN}, ["flip_weight", "nan"]),
+        ({"flip_weight": INF}, ["flip_weight", "inf"]),
+        ({"max_sweeps": 0}, ["max_sweeps", "0"]),
+    ],
+)
+def test_a_bad_argument_is_one_line(convolutional, kwargs, words):
+    kwargs = {"method": "coordinate", **kwargs}
+    one_line_error(lambda: convolutional.fresh(**kwargs), *words)
+
+
+def images_with(value):
+    images = np.ones((4, 7, 6, 2), np.float32)
+    images[1, 2, 3, 1] = value
+    return images
+
+
+@pytest.mark.parametrize("method", ["nearest", "coordinate"])
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (images_with(NAN), ["NaN or Inf"]),
+        (images_with(INF), ["NaN or Inf"]),
+        (np.ones((0, 7, 6, 2), np.float32), ["empty", "(0, 7, 6, 2)"]),
+        (np.ones((4, 0, 6, 2), np.float32), ["empty", "(4, 0, 6, 2)"]),
+        (np.ones((7,), np.float32), ["(7,)"]),
+        (np.float32(1), ["()"]),
+        (np.ones((4, 7, 6, 2), np.uint8), ["float", "uint8"]),
+        (np.ones((4, 7, 6, 2), bool), ["float", "bool"]),
+        (np.ones((4, 7, 6, 3), np.float32), ["Net", "(4, 7, 6, 3)"]),
+        (np.ones((7, 6, 2), np.float32), ["Net", "(7, 6, 2)"]),
+        (np.ones((4, 84), np.float32), ["Net", "(4, 84)"]),
+    ],
+    ids=lambda value: str(np.shape(value)) if isinstance(value, np.ndarray) else "",
+)
+def test_bad_calibration_images_are_one_line(convolutional, method, images, words):
+    def quantize():
+        efrap.efrap(
+            convolutional.module,
+            convolutional.variables,
+            images,
+            method=method,
+            apply_kwargs=APPLY_KWARGS,
+        )
+
+    one_line_error(quantize, *words)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("params", "inner", "kernel"),
+        ("params", "head", "bias"),
+        ("batch_stats", "norm", "var"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(convolutional, path, value):
+    variables = jax.tree.map(np.array, convolutional.variables)
+    leaf = variables[path[0]][path[1]][path[2]]
+    leaf.flat[-1] = value
+
+    def quantize():
+        efrap.efrap(
+            convolutional.module,
+            variables,
+            convolutional.images,
+            method="nearest",
+            apply_kwargs=APPLY_KWARGS,
+        )
+
+    one_line_error(quantize, "/".join(path), "NaN or Inf")
+
+
+class NoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm()(x)
+
+
+def test_a_module_without_layers_is_one_line():
+    images = jnp.ones((4, 3))
+    variables = some_variables(NoLayers(), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_line_error(
+            lambda: efrap.efrap(NoLayers(), variables, images),
+            "NoLayers",
+            "nn.Conv or nn.Dense",
+        )
+
+
+def test_a_module_that_wants_training_statistics_is_one_line(convolutional):
+    """`train=True` would update the BatchNorm while quantizing."""
+
+    def quantize():
+        efrap.efrap(
+            convolutional.module,
+            convolutional.variables,
+            convolutional.images,
+            apply_kwargs={"train": True},
+        )
+
+    one_line_error(quantize, "Net", "batch_stats")
