@@ -522,6 +522,7 @@ def test_eager_and_compiled_agree_bit_for_bit():
         np.testing.assert_array_equal(rounded, compiled.values)
 
 
+@pytest.mark.slow
 def test_shards_are_calibrated_like_tensors_of_their_own():
     spec, x = MSE_SPECS[0], normal(8, 8, 200, 3)
     mesh = jax.make_mesh((8,), ("device",), (jax.sharding.AxisType.Auto,))
