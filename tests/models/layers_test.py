@@ -224,11 +224,14 @@ class Normed(nn.Module):
         y = norm(name="norm2")(nn.relu(nn.Conv(4, (3, 3), name="through_relu")(y)))
         y = norm(name="norm3")(nn.Conv(4, (1, 1), name="added")(y) + y)
         y = norm(name="norm4", axis=1)(nn.Conv(4, (1, 1), name="other_axis")(y))
-        y = norm(name="norm5")(nn.Dense(5, name="dense")(y.mean(axis=(1, 2))))
-        return y
+        y = nn.Conv(4, (1, 1), name="shortcut")(y)
+        y = norm(name="norm5")(y) + y
+        y = norm(name="norm6")(nn.Dense(5, name="dense")(y.mean(axis=(1, 2))))
+        z = nn.Dense(5, name="returned")(y)
+        return norm(name="norm7")(z), z
 
 
-def test_a_batch_norm_belongs_to_the_layer_whose_output_it_takes():
+def test_a_batch_norm_belongs_to_the_layer_whose_output_it_alone_takes():
     found = {layer.name: layer for layer in find(Normed())}
     norms = {name: layer.batch_norm for name, layer in found.items()}
     assert norms == {
@@ -236,7 +239,9 @@ def test_a_batch_norm_belongs_to_the_layer_whose_output_it_takes():
         "through_relu": None,
         "added": None,
         "other_axis": None,
-        "dense": ("norm5",),
+        "shortcut": None,
+        "dense": ("norm6",),
+        "returned": None,
     }
     assert found["direct"].batch_norm_epsilon == 0.25
 
