@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plant a backdoor that sleeps in float, wake it by rounding, defeat it with EFRAP.
 
-    python -m nad_jax.main --config=configs/efrap.py          # digits, two minutes
+    python -m nad_jax.main --config=configs/efrap.py          # digits, some minutes
     python -m nad_jax.main --config=configs/efrap.py:smoke    # seconds, for tests
     python -m nad_jax.main --config=configs/efrap.py:cifar10 \
-        --config.data.data_dir=DIR                            # an hour, 2 cores
+        --config.data.data_dir=DIR                            # never timed
 
 Every number can be overridden: --config.defense.weight_bits=3 --config.seeds='(0,1,2)'.
 
