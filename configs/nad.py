@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plant a backdoor by poisoning data, then repair the model with a few clean images.
 
-    python -m nad_jax.main --config=configs/nad.py            # digits, about a minute
+    python -m nad_jax.main --config=configs/nad.py            # digits, some minutes
     python -m nad_jax.main --config=configs/nad.py:smoke      # seconds, for tests
     python -m nad_jax.main --config=configs/nad.py:cifar10 \
-        --config.data.data_dir=DIR                            # hours, 2 cores
+        --config.data.data_dir=DIR                            # never run to its end
 
 Every number can be overridden: --config.attack.poison_rate=0.01 --config.seeds='(0,1)'.
 Another trigger takes other options: `config.attack.trigger` in a config of your own.
