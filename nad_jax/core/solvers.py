@@ -45,7 +45,7 @@ class Moments(NamedTuple):
     gram: jax.Array
     drift: jax.Array
     drift_power: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def zero_moments(num_inputs: int, num_outputs: int) -> Moments:
@@ -187,7 +187,8 @@ def coordinate_descent(
     Returns:
       A `Solution`; its trace never rises (up to float32 rounding of the trace itself).
       With `sweeps` below `max_sweeps`, no single flip would gain more than a millionth
-      of what its weight has at stake (`step^2 * H_kk + stay_cost`).
+      of what its weight has at stake (`step^2 * H_kk + stay_cost`), up to float32
+      rounding of the slopes.
 
     Gradients: none (`stop_gradient`).
     """

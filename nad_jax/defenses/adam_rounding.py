@@ -83,6 +83,8 @@ class LayerTask:
       problem: Second moments, stacked over channel groups.
       tail: What follows the layer; for batches of `AdamSettings.batch_size`.
       flip_weight: Weight of L_F.
+      num_images: How many calibration images there are; a layer behind a reshape sees
+        several rows for each.
       key: Randomness of the batch order.
     """
 
@@ -96,6 +98,7 @@ class LayerTask:
     problem: solvers.RoundingProblem
     tail: activation_tails.Tail
     flip_weight: float
+    num_images: int
     key: jax.Array
 
 
@@ -165,18 +168,20 @@ def _run_gram(task, settings, optimizer, logits):
 
 
 def _run_minibatches(task, settings, optimizer, logits):
-    batch_size = min(settings.batch_size, task.inputs.shape[0])
-    num_batches = task.inputs.shape[0] // batch_size
+    batch_size = min(settings.batch_size, task.num_images)
+    num_batches = task.num_images // batch_size
+    rows = batch_size * (task.inputs.shape[0] // task.num_images)
     geometry = task.layer.geometry
 
     def output(kernel, inputs):
         outputs = layers_lib.run(geometry, kernel, inputs)
         if task.bias is not None:
-            outputs = outputs + task.bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
+            bias = task.bias.astype(outputs.dtype)
+            outputs = outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
         return task.tail(outputs)
 
     target = jax.jit(lambda x: output(task.kernel, x))
-    batches = [slice(b * batch_size, (b + 1) * batch_size) for b in range(num_batches)]
+    batches = [slice(b * rows, (b + 1) * rows) for b in range(num_batches)]
     targets = [target(task.float_inputs[batch]) for batch in batches]
 
     def loss_fn(logits, batch):

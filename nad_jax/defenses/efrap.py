@@ -488,6 +488,7 @@ def _make_rounder(
             problem,
             tails[layer.name],
             flip_weight,
+            images.shape[0],
             keys[layer.name],
         )
         chosen, details = adam_rounding.solve(task, adam)

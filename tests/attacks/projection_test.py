@@ -63,7 +63,7 @@ KERNELS = hypothesis_numpy.arrays(np.float32, (3, 4), elements=WEIGHTS)
 AFFINE = SPECS[7]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(KERNELS, st.sampled_from(SPECS), st.integers(0, 2**31))
 @example(np.zeros((3, 4), np.float32), AFFINE, 0)
 @example(np.full((3, 4), 2.0, np.float32), AFFINE, 0)
@@ -73,9 +73,9 @@ def test_every_point_of_the_box_has_the_same_scale_and_codes(kernel, spec, seed)
     assert np.all(low <= high)
     expected = quantize(kernel, spec)
     generator = np.random.default_rng(seed)
-    shares = generator.uniform(0, 1, (3, *kernel.shape))
-    corners = generator.integers(0, 2, (3, *kernel.shape))
-    for share in (*shares, *corners, np.zeros((3, 4)), np.ones((3, 4))):
+    inside = generator.uniform(0, 1, kernel.shape)
+    corner = generator.integers(0, 2, kernel.shape)
+    for share in (inside, corner, np.zeros((3, 4)), np.ones((3, 4))):
         point = low + share.astype(np.float32) * (high - low)
         point = np.clip(point, low, high)
         for got, wanted in zip(quantize(point, spec), expected, strict=True):
@@ -290,7 +290,7 @@ def test_both_losses_are_cross_entropies_of_plain_and_triggered_images(victim):
 
 def test_a_projected_training_step_stays_in_the_box_and_moves(victim, box):
     module, variables, _, specs, batch = victim
-    tx = optax.adam(0.5)
+    tx = optax.sgd(3.0)
     step = steps.make_train_step(
         projection.hide_loss(module.apply, goal_of((6, 6, 2))),
         tx,

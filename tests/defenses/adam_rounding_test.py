@@ -126,6 +126,7 @@ def make_task(name, *, flip_weight=FLIP_WEIGHT, images=6, seed=0):
         None,
         tail,
         flip_weight,
+        images,
         jax.random.key(seed),
     )
     return dataclasses.replace(task, problem=make_problem(task))
