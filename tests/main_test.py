@@ -81,7 +81,7 @@ def test_a_shipped_config_is_found_from_any_folder(capsys, tmp_path, monkeypatch
     assert "config.defense.weight_bits must be 2 to 8" in error
 
 
-def _start(workdir, *arguments):
+def _start(workdir, *arguments, stderr=subprocess.PIPE):
     environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.Popen(
         [
@@ -95,7 +95,7 @@ def _start(workdir, *arguments):
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -149,15 +149,23 @@ def test_a_repeated_command_gives_the_same_rows_without_training(finished):
 
 @pytest.mark.slow
 def test_an_interrupted_run_is_usable_and_can_be_finished(tmp_path):
-    process = _start(tmp_path, "--config.victim.epochs=10000")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "metrics.jsonl").exists() or not (
-        (tmp_path / "metrics.jsonl").stat().st_size
+    metrics = tmp_path / "metrics.jsonl"
+    # To a file: nobody reads a pipe while the test waits, and a full one blocks.
+    with (
+        (tmp_path / "stderr").open("w+") as stderr,
+        _start(tmp_path, "--config.victim.epochs=100000", stderr=stderr) as process,
     ):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 400
+            while not metrics.exists() or not metrics.stat().st_size:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=120)
+        finally:
+            process.kill()
+        stderr.seek(0)
+        errors = stderr.read()
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1].startswith("nad_jax: interrupted")
     assert "Traceback" not in errors
