@@ -168,9 +168,10 @@ def _run_gram(task, settings, optimizer, logits):
 
 
 def _run_minibatches(task, settings, optimizer, logits):
-    batch_size = min(settings.batch_size, task.num_images)
-    num_batches = task.num_images // batch_size
-    rows = batch_size * (task.inputs.shape[0] // task.num_images)
+    num_rows = task.inputs.shape[0]
+    rows_per_image = max(num_rows // task.num_images, 1)
+    rows = min(settings.batch_size * rows_per_image, num_rows)
+    num_batches = num_rows // rows
     geometry = task.layer.geometry
 
     def output(kernel, inputs):

@@ -21,6 +21,7 @@ an intercepted layer call. The float pass therefore lives in a thread of its own
 hands over one layer at a time; the two never run at once. Models know nothing of this.
 """
 
+import contextlib
 import functools
 import queue
 import threading
@@ -134,6 +135,21 @@ def _run(geometry, kernel, inputs, params) -> jax.Array:
     return outputs
 
 
+# What JAX's context managers set for their own thread only.
+_THREAD_SETTINGS = (
+    "default_device",
+    "default_matmul_precision",
+    "disable_jit",
+    "enable_x64",
+    "numpy_dtype_promotion",
+    "numpy_rank_promotion",
+)
+
+
+def _thread_settings() -> dict[str, Any]:
+    return {name: getattr(jax.config, f"jax_{name}") for name in _THREAD_SETTINGS}
+
+
 class _Closed(BaseException):
     """The consumer has gone; unwinds the producer's thread.
 
@@ -144,7 +160,8 @@ class _Closed(BaseException):
 class _Stepper(Iterator):
     """Turns `function(emit)` into an iterator over what it emits.
 
-    `function` runs in its own thread, but only while the consumer waits in `next`.
+    `function` runs in its own thread, but only while the consumer waits in `next`, and
+    with the JAX settings of the thread that made the iterator.
     """
 
     def __init__(self, function: Callable[[Callable[[Any], None]], None]):
@@ -158,11 +175,17 @@ class _Stepper(Iterator):
             if self._closed:
                 raise _Closed
 
+        settings = _thread_settings()
+
         def run():
             self._turn.acquire()
             try:
-                if not self._closed:
-                    function(emit)
+                with contextlib.ExitStack() as stack:
+                    for name, value in _thread_settings().items():
+                        if value != settings[name]:
+                            stack.enter_context(getattr(jax, name)(settings[name]))
+                    if not self._closed:
+                        function(emit)
                 self._values.put((None, StopIteration()))
             except _Closed:
                 pass

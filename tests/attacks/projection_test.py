@@ -31,9 +31,9 @@ def box_of(kernel, spec, **kwargs):
     return tuple(np.asarray(side["layer"]["kernel"]) for side in box)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(kernel, spec):
     """Scale, zero point and codes."""
-    kernel = jnp.asarray(kernel)
     grid = quantization.calibrate(kernel, spec)
     return *grid, quantization.quantize(kernel, grid, spec)
 
@@ -43,15 +43,11 @@ SPECS = [
     quantization.QuantSpec(*fields)
     for fields in [
         (2, True, -1, "absmax"),
-        (4, True, -1, "absmax"),
         (8, True, None, "absmax"),
         (5, True, 0, "minmax"),
-        (7, True, None, "minmax"),
-        (2, False, None, "absmax"),
         (6, False, 1, "absmax"),
         (3, False, -1, "minmax"),
-        (4, False, None, "minmax"),
-        (8, False, 0, "minmax"),
+        (7, False, None, "minmax"),
     ]
 ]
 # Many ties, exact grid points, equal extremes and zeros; and anything else.
@@ -60,10 +56,10 @@ WEIGHTS = st.one_of(
     st.floats(-8, 8, width=32).filter(lambda x: x == 0 or abs(x) > 1e-20),
 )
 KERNELS = hypothesis_numpy.arrays(np.float32, (3, 4), elements=WEIGHTS)
-AFFINE = SPECS[7]
+AFFINE = SPECS[4]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(KERNELS, st.sampled_from(SPECS), st.integers(0, 2**31))
 @example(np.zeros((3, 4), np.float32), AFFINE, 0)
 @example(np.full((3, 4), 2.0, np.float32), AFFINE, 0)
@@ -256,6 +252,7 @@ def cross_entropy(logits, labels):
     return np.mean(log_sum - logits[np.arange(len(labels)), labels])
 
 
+@pytest.mark.slow
 def test_both_losses_are_cross_entropies_of_plain_and_triggered_images(victim):
     """Stage 1 sees quantized weights and target labels, stage 2 neither."""
     module, variables, layers, specs, batch = victim

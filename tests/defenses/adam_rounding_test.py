@@ -165,8 +165,15 @@ def run(task, settings, optimizer):
     return tuple(np.asarray(v, np.float64).reshape(4, 3) for v in (before, after))
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("form", adam_rounding.FORMS)
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("minibatch", "dense"),
+        pytest.param("minibatch", "conv", marks=pytest.mark.slow),
+        ("gram", "dense"),
+        pytest.param("gram", "conv", marks=pytest.mark.slow),
+    ],
+)
 def test_one_gradient_step_follows_the_objective(form, name):
     """Plain descent at rate 1: the step is the gradient itself."""
     task = make_task(name)
@@ -193,6 +200,7 @@ def test_the_first_step_of_adam_has_the_sign_of_the_gradient():
     np.testing.assert_allclose((after - before)[oracle.free], step[oracle.free], 1e-2)
 
 
+@pytest.mark.slow
 def test_each_step_takes_one_of_the_fixed_batches_and_drops_the_rest():
     """Seven images are two batches of three; which comes first is up to the key."""
     settings = dataclasses.replace(SETTINGS, batch_size=3)
@@ -215,6 +223,7 @@ def test_each_step_takes_one_of_the_fixed_batches_and_drops_the_rest():
     np.testing.assert_array_equal(again, after)
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_images_is_all_of_them():
     task = make_task("dense")
     settings = dataclasses.replace(SETTINGS, batch_size=1000)

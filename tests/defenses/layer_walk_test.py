@@ -201,6 +201,31 @@ def test_apply_kwargs_reach_both_passes(net):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+class Mixes(nn.Module):
+    """Cannot run under the strict promotion that these tests set everywhere."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3, name="first")(x) * jnp.arange(3)[None]
+        return nn.Dense(2, name="second")(x)
+
+
+def test_both_passes_run_with_the_settings_of_the_caller():
+    """JAX's context managers hold for one thread; the float pass is in another."""
+    module, inputs = Mixes(), jnp.ones((2, 3))
+    names = []
+
+    def visit(layer, float_inputs, inputs):
+        names.append(layer.name)
+        return visit_float((module, variables), layer, inputs)
+
+    with jax.numpy_dtype_promotion("standard"):
+        variables = some_variables(module, inputs)
+        found = layers_lib.find_layers(module, variables, inputs)
+        layer_walk.walk(module, variables, inputs, found, visit)
+    assert names == ["first", "second"]
+
+
 class Twice(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -332,6 +357,10 @@ class Block(nn.Module):
         return nn.Dense(3, name="hidden")(x)
 
 
+# One class for all calls: only then does Flax remember what it has compiled.
+JittedBlock = nn.jit(Block)
+
+
 class Step(nn.Module):
     @nn.compact
     def __call__(self, carry, _):
@@ -358,7 +387,8 @@ class Lifted(nn.Module):
             )
             x = over_rows(name="block")(x)
         else:
-            x = getattr(nn, self.transform)(Block)(name="block")(x)
+            blocks = {"remat": nn.remat(Block), "jit": JittedBlock}
+            x = blocks[self.transform](name="block")(x)
         return nn.Dense(2, name="after")(x)
 
 
