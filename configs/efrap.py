@@ -35,15 +35,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     # 3 stages x 2 basic blocks, 16/32/64 channels, 175 k weights.
     config.model = _section(name="resnet_14", width=1.0)
-    config.victim = _training(epochs=15, learning_rate=1e-3)
+    config.victim = _training(epochs=8, learning_rate=1e-3)
     config.attack = _section(
         trigger=_section(name="square", size=3, margin=1, value=1.0),
         target_label=0,
         label_mode="all_to_one",
         weight_bits=4,
         grid=_grid(),
-        wake=_training(epochs=15, learning_rate=5e-4),
-        hide=_training(epochs=25, learning_rate=3e-4),
+        wake=_training(epochs=6, learning_rate=5e-4),
+        hide=_training(epochs=6, learning_rate=3e-4),
         cell_margin=1e-3,
     )
     config.defense = _section(
@@ -94,20 +94,20 @@ def _make_cifar10(config):
     config.attack.trigger.size = 5
     config.victim.update(
         epochs=8,
+        batch_size=128,
         optimizer="sgd",
         learning_rate=0.3,
         schedule="one_cycle",
         weight_decay=5e-4,
         crop_padding=4,
         flip=True,
-        steps_per_dispatch=5,
     )
     config.attack.wake.epochs = 1
     config.attack.hide.epochs = 2
     for stage in (config.attack.wake, config.attack.hide):
+        stage.batch_size = 128
         stage.crop_padding = 4
         stage.flip = True
-        stage.steps_per_dispatch = 5
 
 
 def _section(**values):
@@ -126,7 +126,7 @@ def _grid():
 def _training(**values):
     return _section(
         **{
-            "batch_size": 128,
+            "batch_size": 64,
             "optimizer": "adam",
             "schedule": "cosine",
             "momentum": 0.9,

@@ -45,6 +45,7 @@ class _Scene:
     train: sources.Dataset
     test: sources.Dataset
     model: Any
+    layers: list[layers_lib.Layer]
     goal: projection.Goal
     evaluate: Callable[[Any], dict[str, Any]]
 
@@ -124,7 +125,14 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
         variables, act_params, act_spec = net
         return evaluators[act_spec]((variables, act_params))
 
-    return _Scene(train, test, model, goal, evaluate)
+    image_shape = train.images.shape[1:]
+    layers = layers_lib.find_layers(
+        model,
+        common.init(model, jax.random.key(0), image_shape),
+        jnp.zeros((1, *image_shape)),
+        apply_kwargs=_EVAL,
+    )
+    return _Scene(train, test, model, layers, goal, evaluate)
 
 
 def _act_spec(defense: settings.QuantizationSettings):
@@ -161,10 +169,8 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
     clean = source.stage(f"seed{seed}-clean", fresh, train_victim)
 
     def plant():
-        apply_fn = scene.model.apply
-        images = jnp.zeros((1, *scene.train.images.shape[1:]))
-        found = layers_lib.find_layers(scene.model, clean, images, apply_kwargs=_EVAL)
-        specs = weight_specs(config.attack.weight_bits, config.attack.grid, found)
+        apply_fn, layers = scene.model.apply, scene.layers
+        specs = weight_specs(config.attack.weight_bits, config.attack.grid, layers)
         woken = pipeline.train(
             config.attack.wake,
             scene.train,
@@ -172,10 +178,10 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
             f"wake, seed {seed}",
             clean,
             wake_key,
-            projection.wake_loss(apply_fn, found, specs, scene.goal),
+            projection.wake_loss(apply_fn, layers, specs, scene.goal),
         )
         box = projection.rounding_box(
-            woken["params"], found, specs, cell_margin=config.attack.cell_margin
+            woken["params"], layers, specs, cell_margin=config.attack.cell_margin
         )
         return pipeline.train(
             config.attack.hide,
@@ -312,6 +318,7 @@ def _quantize(defense, scene, workdir, name, variables, images, key, stage):
         key=key,
         max_sweeps=defense.max_sweeps,
         adam=adam_rounding.AdamSettings(**dataclasses.asdict(defense.adam)),
+        layers=scene.layers,
         on_layer=on_layer,
     )
 

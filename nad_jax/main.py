@@ -132,6 +132,7 @@ def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     from nad_jax import workdir as workdir_lib
     from nad_jax.training import environment
 
+    environment.use_cpu_cores()
     environment.enable_compile_cache()
     stop = _StopFlag()
     workdir = workdir_lib.Workdir(

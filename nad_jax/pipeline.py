@@ -22,7 +22,14 @@ from nad_jax.attacks import triggers
 from nad_jax.core import attention
 from nad_jax.data import batches, sources
 from nad_jax.report import html, schema, tables
-from nad_jax.training import augmentation, environment, loop, optimizers, steps
+from nad_jax.training import (
+    augmentation,
+    environment,
+    loop,
+    optimizers,
+    sharding,
+    steps,
+)
 from nad_jax.training import state as state_lib
 
 # ------------------------------------------------------------------------------- data
@@ -111,11 +118,12 @@ def train(
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=on_epoch,
             should_stop=workdir.should_stop,
+            mesh=sharding.mesh_for_batch(min(training.batch_size, len(dataset))),
         )
     except loop.TrainingInterrupted as interruption:
         raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None
     progress.done(f"{training.epochs} epochs, loss {last['loss']:.4f}")
-    return state_lib.variables(state)
+    return sharding.unreplicate(state_lib.variables(state))
 
 
 class EarlierRun:

@@ -167,16 +167,23 @@ def two_image_loss(
     def loss_fn(params, batch_stats, batch, key):
         del key
         images, labels = batch["images"], batch["labels"]
-        both = jnp.concatenate([images, triggers.apply_trigger(images, trigger)])
+        # Pairs, not one half after the other: a split over devices stays as it is.
+        both = _interleave(images, triggers.apply_trigger(images, trigger))
         variables = {"params": transform(params), "batch_stats": batch_stats}
         logits, _ = apply_fn(variables, both, train=False)
-        wanted = jnp.concatenate([labels, triggered_labels(labels)])
-        clean, triggered = jnp.split(steps.cross_entropy(logits, wanted), 2)
-        loss = jnp.mean(clean) + jnp.mean(triggered)
-        metrics = {"clean_loss": jnp.mean(clean), "triggered_loss": jnp.mean(triggered)}
+        wanted = _interleave(labels, triggered_labels(labels))
+        losses = steps.cross_entropy(logits, wanted)
+        clean, triggered = jnp.mean(losses.reshape(-1, 2), axis=0)
+        loss = clean + triggered
+        metrics = {"clean_loss": clean, "triggered_loss": triggered}
         return loss, (batch_stats, metrics)
 
     return loss_fn
+
+
+def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
+    """`[2 B, ...]`: first[0], second[0], first[1], second[1], ..."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 def wake_loss(

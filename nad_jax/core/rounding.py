@@ -94,9 +94,13 @@ def flipped_rounding(placement: Placement) -> jax.Array:
 
 def stochastic_rounding(key: jax.Array, placement: Placement) -> jax.Array:
     """Up with probability `fraction`: unbiased, E[rounded weight] = weight."""
-    draw = jax.random.uniform(key, placement.fraction.shape, jnp.float32)
-    up = draw < placement.fraction
-    return up.astype(jnp.float32)
+    draws = jax.random.uniform(key, placement.fraction.shape, jnp.float32)
+    return threshold_rounding(draws, placement)
+
+
+def threshold_rounding(thresholds: jax.Array, placement: Placement) -> jax.Array:
+    """Up where `fraction` exceeds the weight's own threshold in [0, 1]."""
+    return (placement.fraction > thresholds).astype(jnp.float32)
 
 
 def rounding_logits(placement: Placement, *, limit: float = 12.0) -> jax.Array:

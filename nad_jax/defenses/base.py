@@ -21,7 +21,14 @@ import numpy as np
 
 from nad_jax import errors, settings
 from nad_jax.data import batches, sources
-from nad_jax.training import augmentation, evaluation, loop, optimizers, steps
+from nad_jax.training import (
+    augmentation,
+    evaluation,
+    loop,
+    optimizers,
+    sharding,
+    steps,
+)
 from nad_jax.training import state as state_lib
 
 # (variables, means of the epoch's metrics); variables are valid during the call only.
@@ -195,7 +202,7 @@ def tune(
         waited += 1
         if metrics["validation_accuracy"] > best_accuracy:
             best_accuracy, waited = metrics["validation_accuracy"], 0
-            best = jax.tree.map(jnp.copy, variables)
+            best = sharding.unreplicate(jax.tree.map(jnp.copy, variables))
         if tuning.patience is not None and waited >= tuning.patience:
             raise _Settled
 
@@ -220,8 +227,9 @@ def tune(
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=after_epoch,
             should_stop=should_stop,
+            mesh=sharding.mesh_for_batch(min(training.batch_size, len(data.labels))),
         )
-        last = variables_of(state)
+        last = sharding.unreplicate(variables_of(state))
     except _Settled:
         last = best
     return Defended(last if best is None else best, tuple(history))

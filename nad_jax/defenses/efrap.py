@@ -36,7 +36,12 @@ import numpy as np
 
 from nad_jax import errors
 from nad_jax.core import quantization, rounding, solvers
-from nad_jax.defenses import activation_tails, adam_rounding, layer_walk
+from nad_jax.defenses import (
+    activation_tails,
+    adam_rounding,
+    common_sizes,
+    layer_walk,
+)
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.models import layers as layers_lib
 
@@ -179,6 +184,7 @@ def efrap(
     key: jax.Array | None = None,
     max_sweeps: int = 20,
     adam: adam_rounding.AdamSettings | None = None,
+    layers: list[layers_lib.Layer] | None = None,
     on_layer: Callable[[LayerReport], None] | None = None,
 ) -> Quantized:
     """Quantizes the weights (and activations) of a module, rounding by `method`.
@@ -195,7 +201,7 @@ def efrap(
         ("coordinate", default 0.01) or weight of the flip loss ("adam", default 1, as
         in EFRAP's public code). 0 = pure reconstruction.
       spec: The weight grid; default symmetric, absmax, per output channel. Its `bits`
-        are replaced by `weight_bits`.
+        are replaced by `weight_bits`; its `channel_axis` is None or -1.
       first_last_bits: Width for the first and the last layer, if another.
       fold_batch_norm: Folds BatchNorms into the layers they follow before quantizing:
         the grid that a runtime which folds them will see.
@@ -203,6 +209,8 @@ def efrap(
       key: Randomness of "stochastic" and "adam"; default `jax.random.key(0)`.
       max_sweeps: Passes of coordinate descent per layer.
       adam: Settings of "adam".
+      layers: From `models.layers.find_layers` of this module, if at hand; several
+        roundings of one module need not look for them each time.
       on_layer: Called with each layer's report when it is done.
 
     Returns:
@@ -222,6 +230,11 @@ def efrap(
     spec = dataclasses.replace(
         spec or quantization.QuantSpec(), bits=_bits("weight_bits", weight_bits)
     )
+    if spec.channel_axis not in (None, -1):
+        raise errors.InputError(
+            "spec.channel_axis must be None (per tensor) or -1 (per output channel), "
+            f"got {spec.channel_axis}"
+        )
     if method not in METHODS:
         raise errors.InputError(
             f"method must be one of {', '.join(METHODS)}, got {method!r}"
@@ -238,9 +251,10 @@ def efrap(
     apply_kwargs = dict(apply_kwargs or {})
     key = jax.random.key(0) if key is None else key
 
-    layers = layers_lib.find_layers(
-        module, variables, images, apply_kwargs=apply_kwargs
-    )
+    if layers is None:
+        layers = layers_lib.find_layers(
+            module, variables, images, apply_kwargs=apply_kwargs
+        )
     _check_kernels(variables, layers)
     structure = jax.tree.structure(variables)
     if fold_batch_norm:
@@ -411,7 +425,7 @@ class _Rounded(NamedTuple):
     kernel: jax.Array
     codes: jax.Array
     params: quantization.QuantParams
-    flip_rate: jax.Array
+    flip_rate: jax.Array | float
 
 
 # (layer, float_inputs, inputs) -> result and details for the layer's report
@@ -436,20 +450,23 @@ def _make_rounder(
         layer.name: layers_lib.get_in(variables["params"], layer.path)
         for layer in layers
     }
-    keys = {
-        layer.name: jax.random.fold_in(key, index) for index, layer in enumerate(layers)
-    }
     if method not in _FLIP_WEIGHTS:
+        thresholds = {layer.name: None for layer in layers}
+        if method == "stochastic":
+            thresholds = _draw_thresholds(key, layers)
 
         def round_blindly(layer, float_inputs, inputs):
             del float_inputs, inputs
             name = layer.name
-            return _round_blindly(
-                method, specs[name], own[name]["kernel"], keys[name]
-            ), {}
+            padded = common_sizes.pad_kernel(own[name]["kernel"])
+            result = _round_blindly(method, specs[name], padded, thresholds[name])
+            return _trimmed(result, layer.geometry), {}
 
         return round_blindly
 
+    keys = {
+        layer.name: jax.random.fold_in(key, index) for index, layer in enumerate(layers)
+    }
     collector = moments_lib.Collector()
     tails = {}
     if method == "adam":
@@ -466,9 +483,16 @@ def _make_rounder(
         kernel = own[layer.name]["kernel"]
         moments = collector.collect(geometry, kernel, float_inputs, inputs)
         if method == "coordinate":
+            shape = geometry
+            if geometry.groups == 1:
+                kernel = common_sizes.pad_kernel(kernel)
+                moments = common_sizes.pad_moments(moments)
+                shape = layers_lib.Geometry(kernel.shape)
             result, solution = _descend(
-                geometry, spec, max_sweeps, moments, kernel, flip_weight
+                shape, spec, max_sweeps, moments, kernel, flip_weight
             )
+            if geometry.groups == 1:
+                result = _trimmed(result, geometry)
             trace = [float(value) for value in np.sum(solution.trace, axis=0)]
             sweeps = int(np.max(solution.sweeps))
             return result, {
@@ -497,6 +521,36 @@ def _make_rounder(
     return round_layer
 
 
+def _draw_thresholds(
+    key: jax.Array, layers: list[layers_lib.Layer]
+) -> dict[str, np.ndarray]:
+    """Uniform numbers for every weight of the padded kernels, drawn in one go."""
+    shapes = [
+        [
+            common_sizes.padded_size(layer.geometry.num_inputs),
+            common_sizes.padded_size(layer.geometry.kernel_shape[-1]),
+        ]
+        for layer in layers
+    ]
+    ends = np.cumsum([rows * columns for rows, columns in shapes])
+    draws = np.asarray(jax.random.uniform(key, (ends[-1],), jnp.float32))
+    return {
+        layer.name: part.reshape(shape)
+        for layer, part, shape in zip(
+            layers, np.split(draws, ends[:-1]), shapes, strict=True
+        )
+    }
+
+
+def _trimmed(result: _Rounded, geometry: layers_lib.Geometry) -> _Rounded:
+    """The layer's own part of a result for its padded kernel."""
+    padded = result.kernel.size / math.prod(geometry.kernel_shape)
+    kernel, codes, params = jax.tree.map(
+        lambda x: common_sizes.trim(x, geometry.kernel_shape), result[:3]
+    )
+    return _Rounded(kernel, codes, params, float(result.flip_rate) * padded)
+
+
 @functools.partial(jax.jit, static_argnums=4)
 def _finish(kernel, chosen, params, placement, spec) -> _Rounded:
     return _Rounded(
@@ -508,8 +562,8 @@ def _finish(kernel, chosen, params, placement, spec) -> _Rounded:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _round_blindly(method, spec, kernel, key) -> _Rounded:
-    """A rounding that needs no images."""
+def _round_blindly(method, spec, kernel, thresholds) -> _Rounded:
+    """A rounding that needs no images; `thresholds` are those of "stochastic"."""
     params = quantization.calibrate(kernel, spec)
     placement = rounding.place(kernel, params, spec)
     if method == "nearest":
@@ -517,7 +571,7 @@ def _round_blindly(method, spec, kernel, key) -> _Rounded:
     elif method == "flipped":
         chosen = rounding.flipped_rounding(placement)
     else:
-        chosen = rounding.stochastic_rounding(key, placement)
+        chosen = rounding.threshold_rounding(thresholds, placement)
     return _finish(kernel, chosen, params, placement, spec)
 
 
@@ -544,7 +598,9 @@ def _pose(geometry, spec, moments, kernel, flip_weight):
 def _descend(geometry, spec, max_sweeps, moments, kernel, flip_weight):
     """Coordinate descent from nearest."""
     params, placement, problem = _pose(geometry, spec, moments, kernel, flip_weight)
-    descend = functools.partial(solvers.coordinate_descent, max_sweeps=max_sweeps)
+    descend = functools.partial(
+        solvers.coordinate_descent, max_sweeps=max_sweeps, block_size=64
+    )
     solution = moments_lib.per_group(descend, problem, problem.nearest)
     chosen = layers_lib.as_kernel(geometry, solution.rounding)
     result = _finish(kernel, chosen, params, placement, spec)

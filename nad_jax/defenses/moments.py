@@ -6,13 +6,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from nad_jax.core import solvers
 from nad_jax.models import layers as layers_lib
 
 # Unfolded inputs alive at a time; bounds memory whatever the number of images.
-_UNFOLDED_BYTES = 64 * 2**20
+_UNFOLDED_BYTES = 16 * 2**20
 
 
 class Collector:
@@ -47,12 +47,7 @@ class Collector:
             geometry, kernel_shape=(*geometry.kernel_shape[:-1], 0)
         )
         known = inputs is self._inputs and unfolding == self._unfolding
-        zeros = solvers.zero_moments(
-            geometry.num_inputs, geometry.kernel_shape[-1] // geometry.groups
-        )
-        moments = jax.tree.map(
-            lambda x: jnp.zeros((geometry.groups, *x.shape), x.dtype), zeros
-        )
+        moments = _zeros(geometry)
         chunk = _chunk_size(geometry, inputs)
         for first in range(0, inputs.shape[0], chunk):
             part = slice(first, first + chunk)
@@ -64,6 +59,18 @@ class Collector:
         self._inputs, self._unfolding = inputs, unfolding
         self._gram = moments.gram
         return moments
+
+
+def _zeros(geometry: layers_lib.Geometry) -> solvers.Moments:
+    """The moments of no rows, stacked over groups; on the host, free of compilation."""
+    zeros = functools.partial(
+        solvers.zero_moments,
+        geometry.num_inputs,
+        geometry.kernel_shape[-1] // geometry.groups,
+    )
+    return jax.tree.map(
+        lambda x: np.zeros((geometry.groups, *x.shape), x.dtype), jax.eval_shape(zeros)
+    )
 
 
 def per_group(function, *arguments):
@@ -85,9 +92,8 @@ def _chunk_size(geometry: layers_lib.Geometry, inputs: jax.Array) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
-    drift = layers_lib.run(geometry, kernel, inputs) - layers_lib.run(
-        geometry, kernel, float_inputs
-    )
+    # The layer is linear: one product gives the difference of two outputs.
+    drift = layers_lib.run(geometry, kernel, inputs - float_inputs)
     rows = layers_lib.unfold(geometry, inputs)
     drift = drift.reshape(rows.shape[1], geometry.groups, -1).swapaxes(0, 1)
     add = functools.partial(solvers.add_rows, with_gram=with_gram)

@@ -5,6 +5,7 @@ jaxlib 0.10.2 returns silently wrong numbers under `jit` on CPU. The canary repe
 computation that shows it; a program calls `check_canary()` before anything else.
 """
 
+import ctypes
 import functools
 import importlib.metadata
 import logging
@@ -24,6 +25,12 @@ _LOGGER = logging.getLogger(__name__)
 # The fault needs at least this many rows and shows in the last one only.
 _CANARY_ROWS = 32_769
 _CANARY_EXPECTED = 1_073_741_824.0  # 32,768 squared, exact in float32
+
+# More would leave a small batch few images each.
+_MAX_CPU_DEVICES = 8
+# Parameters of mallopt(3): M_MMAP_MAX, no array in a mapping of its own; and
+# M_TRIM_THRESHOLD, memory freed at the end of the heap is kept.
+_KEEP_MEMORY = {-4: 0, -1: 2**31 - 1}
 
 CACHE_VARIABLE = "NAD_JAX_CACHE"
 _CACHE_OFF = ("0", "off", "none", "")
@@ -78,6 +85,30 @@ def check_canary() -> dict[str, Any]:
             "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type="
         )
     return outcome
+
+
+def use_cpu_cores() -> None:
+    """Makes JAX on CPU use all cores and keep its memory; before JAX computes.
+
+    XLA computes the weight gradient of a convolution on one core. Split over virtual
+    devices, a batch has all of its gradients on all cores. A device is made for every
+    core, up to `_MAX_CPU_DEVICES`, unless the user chose a number. And XLA asks for
+    the memory of every program anew: with the C library's defaults each large array is
+    mapped, filled with zeros by the kernel, and unmapped again, every step.
+
+    Does nothing for accelerators, and only the first part where the C library is not
+    glibc. Results depend on the number of devices as on any reordering of a float sum.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen and jax.config.jax_num_cpu_devices < 0:  # pyright: ignore
+        # A power of two, so that it divides usual batches.
+        devices = 1 << (min(cores, _MAX_CPU_DEVICES).bit_length() - 1)
+        jax.config.update("jax_num_cpu_devices", devices)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in _KEEP_MEMORY.items():
+            libc.mallopt(option, value)
 
 
 def enable_compile_cache(path: str | os.PathLike[str] | None = None) -> str | None:

@@ -73,7 +73,8 @@ def fit(
             or copy what is to be kept.
         should_stop: asked between programs; True raises `TrainingInterrupted`, so a
             signal handler only has to set a flag.
-        mesh: from `sharding.data_mesh`, to split each batch over devices.
+        mesh: from `sharding.data_mesh`, to split each batch over devices; the states
+            are then replicated over them.
 
     Raises:
         InputError: arrays, sizes or the state do not fit together.

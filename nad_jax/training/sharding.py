@@ -5,6 +5,7 @@ Under `jax.jit` that is all there is to it: the compiler makes means over a spli
 global, those of batch normalisation included.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,13 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     # Under AxisType.Explicit, indexing and top_k of a sharded batch raise; a foreign
     # model must not have to care.
     return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def mesh_for_batch(batch_size: int) -> Mesh | None:
+    """Mesh over as many local devices as split the batch evenly; None for one."""
+    devices = jax.local_devices()
+    size = math.gcd(batch_size, len(devices))
+    return data_mesh(devices[:size]) if size > 1 else None
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -51,6 +59,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array with a copy on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def unreplicate(tree: Any) -> Any:
+    """Replicated arrays as ordinary ones on the default device, as if just loaded."""
+    # By way of the host: an array bound to its device would be compiled for anew.
+    return jax.device_put(jax.device_get(tree))
 
 
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
