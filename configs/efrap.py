@@ -93,7 +93,7 @@ def _make_cifar10(config):
     config.data.image_size = config_dict.placeholder(int)
     config.attack.trigger.size = 5
     config.victim.update(
-        epochs=8,
+        epochs=6,
         batch_size=128,
         optimizer="sgd",
         learning_rate=0.3,
