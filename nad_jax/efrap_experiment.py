@@ -17,12 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import models, pipeline, settings
+from nad_jax import models, pipeline, roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import projection
-from nad_jax.core import quantization
-from nad_jax.data import batches, sources
-from nad_jax.defenses import adam_rounding
+from nad_jax.data import sources
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
@@ -34,8 +32,6 @@ _DORMANT_ASR = 0.02
 _AWAKE_ASR = 0.95
 _DEFENDED_ASR = 0.02
 _ACCURACY_COST = 0.01
-
-_EVAL = {"train": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +101,12 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
     def apply(net, images):
         variables, act_params, act_spec = net
         return efrap_lib.apply_quantized(
-            model, variables, images, act_params, act_spec=act_spec, apply_kwargs=_EVAL
+            model,
+            variables,
+            images,
+            act_params,
+            act_spec=act_spec,
+            apply_kwargs=roundings.EVAL,
         )
 
     make = functools.partial(
@@ -118,7 +119,7 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
     # Two programs at most: with float and with quantized activations.
     evaluators = {
         act_spec: make(lambda net, x, act_spec=act_spec: apply((*net, act_spec), x))
-        for act_spec in {None, _act_spec(config.defense)}
+        for act_spec in {None, roundings.act_spec(config.defense)}
     }
 
     def evaluate(net):
@@ -130,15 +131,9 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
         model,
         common.init(model, jax.random.key(0), image_shape),
         jnp.zeros((1, *image_shape)),
-        apply_kwargs=_EVAL,
+        apply_kwargs=roundings.EVAL,
     )
     return _Scene(train, test, model, layers, goal, evaluate)
-
-
-def _act_spec(defense: settings.QuantizationSettings):
-    if defense.act_bits is None:
-        return None
-    return quantization.QuantSpec(defense.act_bits, False, None, "mse")
 
 
 # ------------------------------------------------------------------------------ models
@@ -170,7 +165,9 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
 
     def plant():
         apply_fn, layers = scene.model.apply, scene.layers
-        specs = weight_specs(config.attack.weight_bits, config.attack.grid, layers)
+        specs = roundings.weight_specs(
+            config.attack.weight_bits, config.attack.grid, layers
+        )
         woken = pipeline.train(
             config.attack.wake,
             scene.train,
@@ -197,24 +194,6 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
     return clean, source.stage(f"seed{seed}-backdoored", fresh, plant)
 
 
-def weight_specs(
-    bits: int, grid: settings.GridSettings, layers: list[layers_lib.Layer]
-) -> dict[str, quantization.QuantSpec]:
-    """Layer name -> grid of its kernel."""
-    spec = weight_spec(bits, grid)
-    specs = {layer.name: spec for layer in layers}
-    if grid.first_last_bits is not None:
-        ends = dataclasses.replace(spec, bits=grid.first_last_bits)
-        specs[layers[0].name] = specs[layers[-1].name] = ends
-    return specs
-
-
-def weight_spec(bits: int, grid: settings.GridSettings) -> quantization.QuantSpec:
-    """The grid of all layers but, perhaps, the first and the last."""
-    channel_axis = -1 if grid.per_channel else None
-    return quantization.QuantSpec(bits, grid.symmetric, channel_axis, grid.range_method)
-
-
 # ---------------------------------------------------------------------------- evidence
 
 
@@ -224,7 +203,9 @@ def _quantize_and_evaluate(
     """All rows of one model; returns (model, row, net) for the pictures."""
     defense = config.defense
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    calibration = _calibration_images(scene, defense.calibration_images, key)
+    calibration = roundings.calibration_images(
+        scene.train, defense.calibration_images, key
+    )
     nets = []
 
     def add(name, counts, *, seconds, flip_rate=None, **extra):
@@ -252,15 +233,16 @@ def _quantize_and_evaluate(
         results, outcomes, seconds = [], [], []
         for draw in range(draws):
             started = time.perf_counter()
-            result = _quantize(
+            result = roundings.quantize(
                 defense,
-                scene,
-                workdir,
                 name,
+                scene.model,
                 variables,
                 calibration,
-                jax.random.fold_in(key, draw),
-                f"{name}, {model_name}, seed {seed}",
+                layers=scene.layers,
+                key=jax.random.fold_in(key, draw),
+                workdir=workdir,
+                stage=f"{name}, {model_name}, seed {seed}",
             )
             jax.block_until_ready(result.variables)
             seconds.append(time.perf_counter() - started)
@@ -289,46 +271,10 @@ def _quantize_and_evaluate(
             **extra,
         )
         nets.append((model_name, name, results[-1].variables))
-        layers += _layer_entries(results[-1], seed, name, model_name, defense)
+        layers += roundings.layer_entries(
+            results[-1], seed=seed, row=name, model_name=model_name
+        )
     return nets
-
-
-def _quantize(defense, scene, workdir, name, variables, images, key, stage):
-    method, flip_weight = {
-        "reconstruction": ("coordinate", 0.0),
-        "efrap": ("coordinate", defense.flip_weight),
-    }.get(name, (name, None))
-
-    def on_layer(report):
-        workdir.record("layer", stage=stage, **dataclasses.asdict(report))
-        workdir.check_stop()
-
-    return efrap_lib.efrap(
-        scene.model,
-        variables,
-        images,
-        weight_bits=defense.weight_bits,
-        act_bits=defense.act_bits,
-        method=method,
-        flip_weight=flip_weight,
-        spec=weight_spec(defense.weight_bits, defense.grid),
-        first_last_bits=defense.grid.first_last_bits,
-        fold_batch_norm=defense.fold_batch_norm,
-        apply_kwargs=_EVAL,
-        key=key,
-        max_sweeps=defense.max_sweeps,
-        adam=adam_rounding.AdamSettings(**dataclasses.asdict(defense.adam)),
-        layers=scene.layers,
-        on_layer=on_layer,
-    )
-
-
-def _calibration_images(scene, wanted: int, key: jax.Array) -> jax.Array:
-    """Clean training images without labels or augmentation."""
-    available = len(scene.train.labels)
-    fraction = min(wanted, available) / available
-    chosen = batches.split_indices(key, available, fraction)
-    return batches.to_float(jnp.asarray(scene.train.images[np.asarray(chosen)]))
 
 
 def _mean_counts(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -338,25 +284,6 @@ def _mean_counts(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         if mean[rate] is not None:
             mean[rate] = float(np.mean([outcome[rate] for outcome in outcomes]))
     return mean
-
-
-def _layer_entries(result, seed, row, model_name, defense) -> list[dict[str, Any]]:
-    return [
-        {
-            "seed": seed,
-            "model": model_name,
-            "row": row,
-            "layer": report.name,
-            "shape": list(report.kernel_shape),
-            "weight_bits": report.bits,
-            "act_bits": defense.act_bits,
-            "flip_rate": report.flip_rate,
-            "objective_nearest": report.objective_nearest,
-            "objective": report.objective,
-            "seconds": report.seconds,
-        }
-        for report in result.layers.values()
-    ]
 
 
 def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@
 
 FILE is a config of your own or one of those shipped (configs/*.py), found from any
 folder. Results go to DIR, by default runs/<config>-<time>. Repeating a command with the
-same --workdir continues where it stopped. Exit code 0: done; 2: something you can mend,
-in one line; 130: interrupted.
+same --workdir continues where it stopped. Exit code 0: done (vet: accepted); 1: vet
+rejected the model; 2: something you can mend, in one line; 130: interrupted.
 """
 
 import datetime
@@ -128,10 +128,11 @@ def _one_line(error: Exception) -> str:
 def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     import dataclasses
 
-    from nad_jax import efrap_experiment, nad_experiment
+    from nad_jax import efrap_experiment, nad_experiment, pipeline, vet_experiment
     from nad_jax import workdir as workdir_lib
     from nad_jax.training import environment
 
+    pipeline.git_commit()
     environment.use_cpu_cores()
     environment.enable_compile_cache()
     stop = _StopFlag()
@@ -140,6 +141,9 @@ def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     )
     try:
         command = " ".join(["python -m nad_jax.main", *argv[1:]])
+        if config.job == "vet":
+            report = vet_experiment.run(config, workdir, command=command)
+            return vet_experiment.exit_code(report)
         experiments = {"efrap": efrap_experiment, "nad": nad_experiment}
         experiments[config.job].run(config, workdir, command=command)
     except (workdir_lib.Interrupted, KeyboardInterrupt) as interruption:

@@ -263,8 +263,12 @@ def claim(text: str, passed: bool) -> dict[str, Any]:
     return {"text": text, "passed": bool(passed)}
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Commit of the code that is running, with "-dirty"; None outside a checkout."""
+    """Commit of the code that is running, with "-dirty"; None outside a checkout.
+
+    Asked for when a run starts, since the checkout may move on before it ends.
+    """
     folder = pathlib.Path(__file__).parent
 
     def git(*arguments):

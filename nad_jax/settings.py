@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from nad_jax.core import quantization
+from nad_jax.core import quant_spec
 from nad_jax.errors import InputError
 
 OPTIMIZERS = ("adam", "sgd")
@@ -132,7 +132,7 @@ class GridSettings:
 
     def __post_init__(self):
         _check_bits(self, "first_last_bits", optional=True)
-        _check_name(self, "range_method", quantization.RANGE_METHODS)
+        _check_name(self, "range_method", quant_spec.RANGE_METHODS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,7 +454,85 @@ class NadExperimentSettings:
         _check_seeds(self)
 
 
-JOBS: dict[str, type] = {"efrap": ExperimentSettings, "nad": NadExperimentSettings}
+@dataclasses.dataclass(frozen=True)
+class VerdictSettings:
+    """What a vetted model must keep; all are shares in [0, 1].
+
+    Attributes:
+      max_accuracy_loss: Of the shipped model against the float model as it came.
+      max_asr: Of the shipped model; judged only when a trigger is known.
+      max_drift: Share of clean images that nearest rounding of the model as it came
+        calls something else. Rounding that changes what a model says is suspicious.
+      min_agreement: Share of images on which the exported file predicts what the
+        evaluation here did.
+    """
+
+    max_accuracy_loss: float = 0.01
+    max_asr: float = 0.06
+    max_drift: float = 0.1
+    min_agreement: float = 0.995
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check(self, field.name, 0 <= value <= 1, "in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class VetSettings:
+    """Everything a run of `configs/vet.py` reads.
+
+    Attributes:
+      title: Head of the report.
+      checkpoint: File from outside.
+      arch: What it is said to be: a name of `nad_jax.models`; None finds it by the
+        names and shapes of its arrays.
+      data: Clean images: the training split repairs and calibrates, the test split
+        measures.
+      training: Of the repair.
+      nad: The repair's attention term.
+      defense: The grid to ship on; of its roundings, "efrap" is the one shipped.
+      trigger: For measurement, if one is known; the name "none" means that none is.
+      target_label: Class the trigger asks for.
+      clean_fraction: Share of the training split that is used.
+      validation_fraction: Share of those that is held out.
+      patience: See `TuningSettings`.
+      verdict: What must hold.
+      seed: Of all randomness.
+      job: "vet".
+    """
+
+    title: str
+    checkpoint: str | None
+    arch: str | None
+    data: DataSettings
+    training: TrainingSettings
+    nad: NadSettings
+    defense: QuantizationSettings
+    trigger: TriggerSettings = TriggerSettings("none")
+    target_label: int = 0
+    clean_fraction: float = 0.05
+    validation_fraction: float = 0.1
+    patience: int | None = None
+    verdict: VerdictSettings = dataclasses.field(default_factory=VerdictSettings)
+    seed: int = 0
+    job: str = "vet"
+
+    def __post_init__(self):
+        _check_name(self, "job", ("vet",))
+        if not self.checkpoint:
+            raise InputError("checkpoint is missing; give --config.checkpoint=FILE")
+        _check(self, "clean_fraction", 0 < self.clean_fraction <= 1, "in (0, 1]")
+        good = 0 <= self.validation_fraction < 1
+        _check(self, "validation_fraction", good, "in [0, 1)")
+        _check(self, "target_label", self.target_label >= 0, ">= 0")
+
+
+JOBS: dict[str, type] = {
+    "efrap": ExperimentSettings,
+    "nad": NadExperimentSettings,
+    "vet": VetSettings,
+}
 
 
 def parse(mapping: Mapping[str, Any]) -> Any:

@@ -39,7 +39,7 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("job",), "neither", "config.job must be of efrap, nad, got 'neither'"),
+        (("job",), "neither", "config.job must be of efrap, nad, vet, got 'neither'"),
         (("attack", "poison_rate"), 0.0, "config.attack.poison_rate must be in"),
         (("attack", "perturbation"), 0.1, "for label_mode clean_label only"),
         (("defense", "rows"), ("magic",), "config.defense.rows must be of"),

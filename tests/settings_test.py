@@ -3,6 +3,8 @@
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -90,3 +92,9 @@ def test_a_single_seed_may_stand_for_a_tuple_and_an_int_for_a_float():
     read = _read(config)
     assert read.seeds == (3,)
     assert read.defense.flip_weight == 0.0
+
+
+def test_settings_load_without_jax():
+    """A typing error on the command line is told at once."""
+    program = "import nad_jax.settings, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -259,15 +259,8 @@ def efrap(
     structure = jax.tree.structure(variables)
     if fold_batch_norm:
         variables = _folded(module, variables, images, layers, apply_kwargs)
-    specs = {layer.name: spec for layer in layers}
-    if first_last_bits is not None:
-        ends = dataclasses.replace(spec, bits=_bits("first_last_bits", first_last_bits))
-        specs[layers[0].name] = specs[layers[-1].name] = ends
-    act_spec = None
-    if act_bits is not None:
-        act_spec = quantization.QuantSpec(
-            _bits("act_bits", act_bits), False, None, "mse"
-        )
+    specs = specs_by_layer(spec, layers, first_last_bits=first_last_bits)
+    act_spec = None if act_bits is None else activation_spec(act_bits)
 
     rounder = _make_rounder(
         method,
@@ -343,6 +336,25 @@ def efrap(
         act_params,
         apply_kwargs,
     )
+
+
+def specs_by_layer(
+    spec: quantization.QuantSpec,
+    layers: list[layers_lib.Layer],
+    *,
+    first_last_bits: int | None = None,
+) -> dict[str, quantization.QuantSpec]:
+    """Layer name -> grid of its kernel; the two ends may have a width of their own."""
+    specs = {layer.name: spec for layer in layers}
+    if first_last_bits is not None:
+        ends = dataclasses.replace(spec, bits=_bits("first_last_bits", first_last_bits))
+        specs[layers[0].name] = specs[layers[-1].name] = ends
+    return specs
+
+
+def activation_spec(act_bits: int) -> quantization.QuantSpec:
+    """The grid of layer inputs: affine, per tensor, range of least squared error."""
+    return quantization.QuantSpec(_bits("act_bits", act_bits), False, None, "mse")
 
 
 def _bits(name: str, value: Any) -> int:

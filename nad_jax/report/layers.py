@@ -39,7 +39,7 @@ def content(entries: Sequence[Mapping[str, Any]]) -> list[markup.Child]:
     """Legend, drawings and numbers of the layers in `entries` of a report."""
     # The clean model's layers are only interesting where there is nothing else.
     entries = [
-        entry for entry in entries if entry.get("model", "backdoored") == "backdoored"
+        entry for entry in entries if entry.get("model", "backdoored") != "clean"
     ] or list(entries)
     if not entries:
         return []

@@ -16,6 +16,7 @@ _COLUMNS = (
 )
 _MODEL_TITLES = {
     "backdoored": "Backdoored model",
+    "given": "The model that was handed over",
     "clean": "Clean model: the same defence where there is nothing to defend",
 }
 
@@ -72,7 +73,7 @@ def table(groups: Sequence[schema.Aggregate], decimals: int) -> list[markup.Chil
 
 def _line(group: schema.Aggregate, decimals: int) -> markup.Markup:
     description = tables.row_description(group.rows[0])
-    describe = description and group.model == "backdoored"
+    describe = description and group.model != "clean"
     cells = [
         markup.el(
             "th",

@@ -33,7 +33,7 @@ from typing import Any
 from nad_jax.errors import InputError
 
 SCHEMA = "nad_jax.report/1"
-MODELS = ("backdoored", "clean")
+MODELS = ("backdoored", "given", "clean")
 METRICS = ("acc", "asr", "ra", "flip_rate", "seconds")
 
 # ASR and RA share their images and exclude each other, so their sum cannot exceed 1;
@@ -106,7 +106,8 @@ class Row:
 
     Attributes:
       name: What was done to the network: "float", "nearest", "efrap", ...
-      model: "backdoored" or "clean".
+      model: "backdoored" (planted here), "given" (from outside, nothing known), or
+        "clean" (trained here without an attack).
       seed: Seed of the whole run the row belongs to.
       weight_bits: Bits of a weight; None for float.
       act_bits: Bits of an activation; None for float.

@@ -75,6 +75,14 @@ _KINDS = {
         "NAD",
         "defence: training on the clean images towards a teacher's attention maps",
     ),
+    "nad_nearest": (
+        "NAD, then nearest",
+        "control: the repaired network, rounded to nearest on the same grid",
+    ),
+    "exported": (
+        "Exported file",
+        "the integers of the written file, run by ONNX Runtime",
+    ),
 }
 _DEFENCES = ("efrap", "nad")
 
@@ -171,10 +179,10 @@ def pick_story(
       groups: What `schema.aggregate` returns.
 
     Returns:
-      Float, nearest and defended row of the backdoored model; None for a row that is
+      Float, nearest and defended row of the model in question; None for a row that is
       not there. The nearest row is the one with the bit widths of the defended one.
     """
-    victims = [group for group in groups if group.model == "backdoored"]
+    victims = [group for group in groups if group.model != "clean"]
     defended = next((g for name in _DEFENCES for g in victims if g.name == name), None)
     before = next((g for g in victims if g.name == "float"), None)
     nearest = [g for g in victims if g.name == "nearest"]
@@ -254,7 +262,7 @@ def comparison(rows: Iterable[schema.Row | Mapping[str, Any]]) -> str:
         f"{_label_with_bits(group, story[2])} {percent(group.mean('asr'), decimals)}, "
         f"{percent(group.mean('acc'), decimals)}"
         for group in groups
-        if group.model == "backdoored"
+        if group.model != "clean"
         and not any(group is told for told in story)
         and group.mean("asr") is not None
     ]
@@ -303,7 +311,7 @@ def _accuracy_words(
 
 def _accuracy_sentence(groups: Sequence[schema.Aggregate], decimals: int) -> str:
     """For a model nobody knows a trigger of."""
-    shown = [group for group in groups if group.model == "backdoored"] or groups
+    shown = [group for group in groups if group.model != "clean"] or groups
     figures = "; ".join(
         f"{row_label(group.name)} {percent(group.mean('acc'), decimals)}"
         for group in shown

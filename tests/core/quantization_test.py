@@ -10,7 +10,7 @@ from hypothesis import strategies
 from hypothesis.extra import numpy as numpy_strategies
 
 from nad_jax import errors
-from nad_jax.core import quantization
+from nad_jax.core import quant_spec, quantization
 
 Spec = quantization.QuantSpec
 BITS = range(2, 9)
@@ -401,7 +401,7 @@ def test_a_range_too_wide_for_float32_gives_finite_values():
 
 
 def test_a_tensor_without_values_gets_scale_one():
-    specs = [Spec(range_method=name) for name in quantization.RANGE_METHODS]
+    specs = [Spec(range_method=name) for name in quant_spec.RANGE_METHODS]
     calibrate_all = for_all(specs, lambda s, x: quantization.calibrate(x, s))
     for params in calibrate_all(np.zeros((0, 3), np.float32)):
         np.testing.assert_array_equal(params.scale, np.ones((1, 3)))

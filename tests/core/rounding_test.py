@@ -590,3 +590,14 @@ def test_float32_is_kept_where_x64_is_enabled():
         drawn = draw(jax.random.key(0), expected[0].placement)
     assert drawn.dtype == jnp.float32
     assert_same([result for _, result in results], expected)
+
+
+def test_threshold_rounding_goes_up_above_the_threshold_only():
+    placement = rounding.Placement(
+        lower=jnp.zeros(4, jnp.int32),
+        fraction=jnp.array([0.2, 0.5, 0.8, 0.0]),
+        nearest=jnp.zeros(4),
+        free=jnp.array([True, True, True, False]),
+    )
+    up = rounding.threshold_rounding(jnp.array([0.5, 0.5, 0.5, 0.0]), placement)
+    assert up.tolist() == [0.0, 0.0, 1.0, 0.0]

@@ -108,3 +108,23 @@ def test_the_description_is_json_and_names_what_matters(monkeypatch):
     assert described["versions"]["jaxlib"] == jax.lib.__version__
     assert described["xla_flags"] == "--xla_some_flag=1"
     assert len(described["devices"]) == jax.device_count()
+
+
+@pytest.mark.parametrize("flags, chosen", [("", None), ("count=3", 3)])
+def test_cpu_devices_are_made_for_the_cores_unless_the_user_chose(flags, chosen):
+    """In a child, since devices cannot be added once there are some."""
+    flag = "--xla_force_host_platform_device_" + flags if flags else ""
+    program = (
+        "from nad_jax.training import environment; environment.use_cpu_cores();"
+        "import jax, os; print(jax.device_count(), len(os.sched_getaffinity(0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": flag},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    devices, cores = map(int, done.stdout.split())
+    powers = [n for n in (1, 2, 4, 8) if n <= cores]
+    assert devices == (powers[-1] if chosen is None else chosen)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch state dicts of small-image classifiers as variables of this package's models.
+
+    wrn_D_K            NAD's code and checkpoints: block2.layer.0.convShortcut, fc
+    resnet_18, _34     kuangliu's CIFAR collection: layer2.0.shortcut.0/1, linear
+    resnet_8 ... _32   NAD's CIFAR nets: layer2.0.downsample.0/1, fc
+    preact_resnet_18   BackdoorBench: layer2.0.shortcut.0, linear, no last BatchNorm
+
+The two spellings of the shortcut and of the classifier are accepted for every
+post-activation net. What a leaf is called and what shape it has is asked of the Flax
+module itself, so the map cannot drift from the models; every array of the file has one
+leaf and every leaf one array, or the file is refused. Refused with a reason: 7x7 stems,
+bottleneck blocks, vision transformers, a last BatchNorm the model does not have.
+
+Three things that change the logits leave no trace in the weights and are the caller's
+to know; `Converted.notes` repeats those that apply:
+
+- how pixels were normalised (the models here see [0, 1]);
+- strides, and whether a max-pool follows the stem. Here the stem has stride 1, no pool;
+- epsilon of BatchNorm: 1e-5 here, PyTorch's default.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from nad_jax import errors
+from nad_jax.interop import arch_match, stored_array
+from nad_jax.interop.bounded_file import Refusal, shown
+
+ARCHS = arch_match.ARCHS
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A foreign model as one of ours.
+
+    Attributes:
+      arch: its name for `models.build`.
+      num_classes: rows of the classifier.
+      width: factor on the published channel counts, read from the stem.
+      model: the Flax module, float32; `models.build(arch, num_classes=..., width=...)`
+        builds it with other options.
+      variables: `{"params": ..., "batch_stats": ...}`, float32 on the default device.
+      names: name of each array -> the path of its leaf in `variables`.
+      notes: one line for each thing a reader of the result should know.
+    """
+
+    arch: str
+    num_classes: int
+    width: float
+    model: Any
+    variables: dict[str, Any]
+    names: dict[str, arch_match.Path]
+    notes: tuple[str, ...]
+
+
+def convert(
+    arrays: Mapping[str, np.ndarray],
+    arch: str | None = None,
+    *,
+    source: str | None = None,
+) -> Converted:
+    """The model whose PyTorch state dict is `arrays`.
+
+    Evaluation gives the same logits as PyTorch's up to rounding, for images prepared
+    as the original expects them.
+
+    Args:
+      arrays: name -> array in PyTorch's layout, as `reader.read_checkpoint` returns
+        them; float16, bfloat16 and float64 become float32. BatchNorm's
+        "num_batches_tracked" may be there or not and is ignored.
+      arch: one of `ARCHS` or another `wrn_D_K`; None finds it by names and shapes.
+      source: what error messages begin with, such as the path of the file.
+
+    Raises:
+      InputError: one line: an architecture that cannot be converted; arrays missing,
+        left over or of another shape, the first of each kind with shapes and with the
+        architecture that comes closest; values that are no weights (integers, NaN or
+        infinity in float32, a negative running variance).
+    """
+    try:
+        fit = arch_match.choose(arrays, arch)
+        tree, dtypes = _filled(arrays, fit.leaves)
+    except Refusal as refusal:
+        label = "state dict" if source is None else shown(source, 200)
+        raise errors.InputError(f"{label}: {refusal}") from None
+    return Converted(
+        arch=fit.arch,
+        num_classes=fit.model.num_classes,
+        width=fit.model.width,
+        model=fit.model,
+        variables=jax.device_put(tree),
+        names={name: leaf.path for name, leaf in fit.leaves.items()},
+        notes=tuple(_notes(arrays, fit, dtypes, guessed=arch is None)),
+    )
+
+
+def to_torch(
+    variables: Mapping[str, Any], names: Mapping[str, arch_match.Path]
+) -> dict[str, np.ndarray]:
+    """The way back: a state dict from variables of a converted model.
+
+    Args:
+      variables: of the tree structure of `Converted.variables`, for example after a
+        defence.
+      names: `Converted.names`.
+
+    Returns:
+      Name -> float32 array in PyTorch's layout, without "num_batches_tracked".
+    """
+    arrays = {}
+    for name, path in names.items():
+        value: Any = variables
+        for key in path:
+            value = value[key]
+        array = np.asarray(value)
+        arrays[name] = np.array(
+            array.transpose(arch_match.TO_TORCH[array.ndim]), order="C"
+        )
+    return arrays
+
+
+def guess_arch(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Names of the architectures that all arrays fit, by name and shape; often one."""
+    if arch_match.foreign_kind(arrays):
+        return ()
+    return tuple(fit.arch for fit in arch_match.nearest_fits(arrays) if not fit.count)
+
+
+# Values --------------------------------------------------------------------------
+
+
+def _filled(
+    arrays: Mapping[str, np.ndarray], leaves: Mapping[str, arch_match.Leaf]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tree of variables, and how many arrays had each dtype but float32."""
+    tree: dict[str, Any] = {}
+    dtypes: dict[str, int] = {}
+    for name, leaf in leaves.items():
+        array = arrays[name]
+        if array.dtype.newbyteorder("=") != np.float32:
+            dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + 1
+        branch = tree
+        for key in leaf.path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[leaf.path[-1]] = _value(name, array)
+    return tree, dtypes
+
+
+def _value(name: str, array: np.ndarray) -> np.ndarray:
+    """A checked float32 copy in Flax's layout; a copy, as JAX may keep the memory."""
+    if not stored_array.is_floating(array.dtype):
+        raise Refusal(
+            f"{shown(name)} is {array.dtype.name}; weights are float32, float16, "
+            "bfloat16 or float64"
+        )
+    with np.errstate(over="ignore"):
+        value = np.array(
+            array.transpose(arch_match.TO_FLAX[array.ndim]), dtype=np.float32, order="C"
+        )
+    if bad := stored_array.count_nonfinite(value):
+        raise Refusal(
+            f"{shown(name)} holds {bad} values of {value.size} that are not finite in "
+            "float32"
+        )
+    if name.endswith(".running_var") and value.min() < 0:
+        raise Refusal(
+            f"{shown(name)} holds {value.min():g}; a running variance is >= 0"
+        )
+    return value
+
+
+def _notes(
+    arrays: Mapping[str, np.ndarray],
+    fit: arch_match.Fit,
+    dtypes: Mapping[str, int],
+    *,
+    guessed: bool,
+) -> Iterator[str]:
+    if guessed:
+        yield f"{fit.arch} was recognised by names and shapes"
+    if fit.model.width != 1.0:
+        yield f"{fit.model.width:g} of the published channels, read from conv1.weight"
+    for dtype, count in dtypes.items():
+        yield f"{count} arrays were {dtype} and are float32 now"
+    counters = len(arrays) - len(fit.leaves)
+    if counters:
+        yield f"{counters} counters num_batches_tracked were ignored"
+    if arch_match.says_downsample(arrays) and len(fit.model.stage_sizes) == 4:
+        # torchvision's class with another stem; some such nets keep its max-pool.
+        yield (
+            "stride 1 and no max-pool after the stem are assumed, as the weights do "
+            "not say; a net that pools there gives other logits: compare the accuracy"
+        )
+    yield (
+        "the file does not say how pixels were normalised; this model takes what the "
+        "original took, [0, 1] only if that was so"
+    )

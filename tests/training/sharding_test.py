@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes that fit a batch, and arrays that come back from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax.training import sharding
+
+
+@pytest.mark.parametrize("batch_size, devices", [(128, 8), (12, 4), (6, 2), (7, None)])
+def test_a_mesh_splits_the_batch_evenly_or_is_none(batch_size, devices):
+    mesh = sharding.mesh_for_batch(batch_size)
+    assert (None if mesh is None else mesh.size) == devices
+
+
+def test_unreplicated_arrays_are_bound_to_no_device():
+    """Else programs compiled for arrays from a file would not serve them."""
+    tree = {"a": jnp.arange(3.0), "b": (jnp.ones((2, 2)),)}
+    copies = sharding.replicate(tree, sharding.data_mesh())
+    assert len(copies["a"].sharding.device_set) == 8
+    back = sharding.unreplicate(copies)
+    assert all(not leaf.committed for leaf in jax.tree.leaves(back))
+    jax.tree.map(np.testing.assert_array_equal, back, tree)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vetting from a foreign file to a verdict, in miniature."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from nad_jax import main, models, settings
+from nad_jax.interop import arch_match, artifact, name_maps, safetensors_reader
+from nad_jax.models import common
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "vet.py"
+
+
+def _config():
+    spec = importlib.util.spec_from_file_location("config", CONFIG)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config().to_dict()
+
+
+def _write_stranger(path, num_classes):
+    """A WRN with random weights, under PyTorch's names."""
+    model = models.build("wrn_10_1", num_classes=num_classes)
+    variables = common.init(model, jax.random.key(0), (8, 8, 3))
+    torch_names = arch_match._module_names({}, "wrn_10_1")
+    leaves = arch_match._expected(model, 3, torch_names)
+    names = {name: leaf.path for name, leaf in leaves.items()}
+    safetensors_reader.write_safetensors(path, name_maps.to_torch(variables, names))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return _write_stranger(tmp_path_factory.mktemp("given") / "stranger.bin", 10)
+
+
+def _vet(checkpoint, workdir, *more):
+    return main.main(
+        [
+            "main",
+            "--config=configs/vet.py",
+            f"--config.checkpoint={checkpoint}",
+            "--config.data.name=digits",
+            "--config.data.image_size=8",
+            "--config.clean_fraction=0.1",
+            "--config.training.epochs=1",
+            "--config.nad.teacher_epochs=1",
+            "--config.defense.calibration_images=32",
+            f"--workdir={workdir}",
+            *more,
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, capsys):
+    """Untrained weights cannot lose accuracy, and a limit nobody meets rejects them."""
+    workdir = tmp_path / "vet"
+    assert _vet(checkpoint, workdir, "--config.verdict.max_drift=1.0") == 0
+    assert "verdict: accepted (no trigger known" in capsys.readouterr().out
+    report = json.loads((workdir / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    names = ["float", "nearest", "nad", "nad_nearest", "efrap", "exported"]
+    assert list(rows) == names
+    assert rows["exported"]["extra"]["agreement"] >= 0.995
+    assert all(row["asr"] is None for row in report["rows"])
+    card = json.loads((workdir / "card.json").read_text())
+    assert card["source_sha256"] == artifact.sha256(checkpoint)
+    for name, digest in card["files"].items():
+        assert artifact.sha256(workdir / name) == digest
+    stored = artifact.read_artifact(workdir / "model.safetensors")
+    assert stored.card["arch"] == "wrn_10_1"
+    assert all(codes.dtype == np.int8 for codes in stored.codes.values())
+
+    # The same workdir: nothing is trained again; another verdict needs another one.
+    again = _vet(checkpoint, workdir, "--config.verdict.max_drift=1.0")
+    assert again == 0 and "nad: restored" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trigger_that_is_known_is_measured_and_can_reject(
+    checkpoint, tmp_path, capsys
+):
+    code = _vet(
+        checkpoint,
+        tmp_path / "vet",
+        "--config.trigger.name=square",
+        "--config.target_label=3",
+        "--config.verdict.max_asr=0.0",
+        "--config.verdict.min_agreement=1.0",
+        "--config.verdict.max_accuracy_loss=0.0",
+        "--config.verdict.max_drift=0.0",
+    )
+    out = capsys.readouterr().out
+    assert code == 1 and "verdict: rejected" in out and "not met:" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.data.name=digits"], "config.checkpoint is missing"),
+        (["--config.checkpoint=nowhere", "--config.data.name=digits"], "nowhere"),
+        (["--config.checkpoint=nowhere", "--config.verdict.max_asr=2.0"], "in [0, 1]"),
+    ],
+)
+def test_what_cannot_be_judged_is_exit_code_2_and_one_line(
+    arguments, message, tmp_path, capsys
+):
+    code = main.main(
+        ["main", "--config=configs/vet.py", f"--workdir={tmp_path}/w", *arguments]
+    )
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_every_setting_of_the_config_is_read():
+    mapping = _config()
+    mapping["checkpoint"] = "x"
+    config = settings.parse(mapping)
+    assert set(mapping) == set(type(config).__dataclass_fields__)
+
+
+def test_unknown_classes_are_a_reason_not_to_judge(tmp_path, capsys):
+    path = _write_stranger(tmp_path / "seven", 7)
+    assert _vet(path, tmp_path / "w") == 2
+    assert "7 classes" in capsys.readouterr().err
