@@ -21,11 +21,10 @@ from nad_jax import models, pipeline, roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import projection
 from nad_jax.data import sources
-from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import html, schema
-from nad_jax.training import environment, evaluation, steps
+from nad_jax.training import environment, steps
 
 # What a run of this kind is to show; printed with a tick or a cross, never enforced.
 _DORMANT_ASR = 0.02
@@ -43,7 +42,7 @@ class _Scene:
     model: Any
     layers: list[layers_lib.Layer]
     goal: projection.Goal
-    evaluate: Callable[[Any], dict[str, Any]]
+    evaluate: Callable[..., dict[str, Any]]
 
 
 def run(
@@ -98,34 +97,13 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
         trigger, attack.label_mode, attack.target_label, train.num_classes
     )
 
-    def apply(net, images):
-        variables, act_params, act_spec = net
-        return efrap_lib.apply_quantized(
-            model,
-            variables,
-            images,
-            act_params,
-            act_spec=act_spec,
-            apply_kwargs=roundings.EVAL,
-        )
-
-    make = functools.partial(
-        evaluation.make_evaluator,
-        images=test.images,
-        labels=test.labels,
+    evaluate = roundings.make_evaluate(
+        model,
+        test,
+        config.defense,
         trigger=trigger,
         target_labels=goal.target_labels(jnp.asarray(test.labels)),
     )
-    # Two programs at most: with float and with quantized activations.
-    evaluators = {
-        act_spec: make(lambda net, x, act_spec=act_spec: apply((*net, act_spec), x))
-        for act_spec in {None, roundings.act_spec(config.defense)}
-    }
-
-    def evaluate(net):
-        variables, act_params, act_spec = net
-        return evaluators[act_spec]((variables, act_params))
-
     image_shape = train.images.shape[1:]
     layers = layers_lib.find_layers(
         model,
@@ -224,7 +202,7 @@ def _quantize_and_evaluate(
         pipeline.add_row(rows, row, workdir)
 
     with workdir.timed("evaluate"):
-        counts = scene.evaluate((variables, {}, None))
+        counts = scene.evaluate(variables)
     add("float", counts, seconds=0.0)
     nets.append((model_name, "float", variables))
     for name in defense.roundings:
@@ -250,11 +228,7 @@ def _quantize_and_evaluate(
                 workdir.seconds.get(f"quantize/{name}", 0.0) + seconds[-1]
             )
             with workdir.timed("evaluate"):
-                outcomes.append(
-                    scene.evaluate(
-                        (result.variables, result.act_params, result.act_spec)
-                    )
-                )
+                outcomes.append(scene.evaluate(result.variables, result))
             results.append(result)
         extra = {}
         if draws > 1:

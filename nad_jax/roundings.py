@@ -2,6 +2,8 @@
 """The defender of a config, applied to one model: its grid, its roundings by name."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +12,13 @@ import numpy as np
 
 from nad_jax import settings
 from nad_jax import workdir as workdir_lib
+from nad_jax.attacks import triggers
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import adam_rounding
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import evaluation
 
 EVAL = {"train": False}
 
@@ -41,6 +45,45 @@ def weight_specs(
     return efrap_lib.specs_by_layer(
         weight_spec(bits, grid), layers, first_last_bits=grid.first_last_bits
     )
+
+
+def make_evaluate(
+    model: Any,
+    test: sources.Dataset,
+    defense: settings.QuantizationSettings,
+    *,
+    trigger: triggers.Trigger | None,
+    target_labels: Any = None,
+) -> Callable[..., dict[str, Any]]:
+    """Function `(variables, result=None) -> rates` on the test images.
+
+    `result`, a `Quantized`, says how activations are quantized. Two programs at most
+    are compiled: with float and with quantized activations.
+    """
+
+    def logits(net, images, spec):
+        variables, act_params = net
+        return efrap_lib.apply_quantized(
+            model, variables, images, act_params, act_spec=spec, apply_kwargs=EVAL
+        )
+
+    evaluators = {
+        spec: evaluation.make_evaluator(
+            functools.partial(logits, spec=spec),
+            test.images,
+            test.labels,
+            trigger=trigger,
+            target_labels=target_labels,
+        )
+        for spec in {None, act_spec(defense)}
+    }
+
+    def evaluate(variables, result=None):
+        if result is None:
+            return evaluators[None]((variables, {}))
+        return evaluators[result.act_spec]((variables, result.act_params))
+
+    return evaluate
 
 
 def calibration_images(

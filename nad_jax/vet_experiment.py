@@ -13,7 +13,7 @@ else: no choice depends on it.
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -46,17 +46,7 @@ class _Scene:
     model: Any
     layers: list[layers_lib.Layer]
     trigger: triggers.Trigger | None
-
-    def evaluate(self, logits_fn, variables, target_label: int) -> dict[str, Any]:
-        """ACC, and ASR and RA if there is a trigger."""
-        evaluate = evaluation.make_evaluator(
-            logits_fn,
-            self.test.images,
-            self.test.labels,
-            trigger=self.trigger,
-            target_labels=None if self.trigger is None else target_label,
-        )
-        return evaluate(variables)
+    evaluate: Callable[..., dict[str, Any]]
 
 
 def run(
@@ -111,9 +101,7 @@ def run(
 
     def measure(variables, result=None):
         with workdir.timed("evaluate"):
-            return scene.evaluate(
-                _logits_fn(scene, result), variables, config.target_label
-            )
+            return scene.evaluate(variables, result)
 
     key = jax.random.key(config.seed)
     clean_key, repair_key, calibration_key, rounding_key = jax.random.split(key, 4)
@@ -232,18 +220,11 @@ def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Sce
     if config.trigger.name != _NO_TRIGGER:
         pipeline.check_target(config.target_label, train)
         trigger = pipeline.build_trigger(config.trigger, image_shape)
-    return _Scene(train, test, model, layers, trigger)
-
-
-def _logits_fn(scene: _Scene, result: efrap_lib.Quantized | None) -> Any:
-    """(variables, images) -> logits, activations quantized as in `result`."""
-
-    def logits(variables, images):
-        if result is None:
-            return scene.model.apply(variables, images, **roundings.EVAL)
-        return result.apply(variables, images)
-
-    return logits
+    target_labels = None if trigger is None else config.target_label
+    evaluate = roundings.make_evaluate(
+        model, test, config.defense, trigger=trigger, target_labels=target_labels
+    )
+    return _Scene(train, test, model, layers, trigger, evaluate)
 
 
 def _predictions(scene: _Scene, result: efrap_lib.Quantized) -> np.ndarray:

@@ -93,7 +93,7 @@ def test_a_trigger_that_is_known_is_measured_and_can_reject(
     code = _vet(
         checkpoint,
         tmp_path / "vet",
-        "--config.trigger.name=square",
+        "--config.trigger.name=grid",
         "--config.target_label=3",
         "--config.verdict.max_asr=0.0",
         "--config.verdict.min_agreement=1.0",

@@ -37,6 +37,7 @@ except ImportError as error:
 # The batch size of the graph's input; every other size is a number.
 BATCH = "N"
 IMAGES = "images"
+LOGITS = "logits"
 
 # A factor this close to 1 is one: BatchNorm folded into its layer leaves
 # 1 / sqrt((1 - epsilon) + epsilon), which float32 may miss by its last bits.
@@ -89,14 +90,17 @@ class Builder:
     def __init__(self):
         self.nodes: list[onnx.NodeProto] = []
         self.arrays: dict[str, np.ndarray] = {}
-        self._names: dict[str, int] = {}
+        self._names = {IMAGES, LOGITS}
         self._known: dict[tuple[Any, ...], str] = {}
 
     def fresh(self, hint: str) -> str:
         """A tensor name that is not taken."""
-        count = self._names.get(hint, 0)
-        self._names[hint] = count + 1
-        return f"{hint}_{count}" if count else hint
+        name, count = hint, 0
+        while name in self._names:
+            count += 1
+            name = f"{hint}_{count}"
+        self._names.add(name)
+        return name
 
     def emit(self, op: str, inputs: Sequence[str], hint: str = "", **attributes) -> str:
         """Adds a node with one output and returns the output's name."""
@@ -113,9 +117,9 @@ class Builder:
         return self._known[key]
 
     def array(self, array: np.ndarray, hint: str = "constant") -> str:
-        """The name of an initializer; equal arrays share one."""
+        """The name of an initializer; equal arrays of one hint share it."""
         array = np.asarray(array)
-        key = ("array", str(array.dtype), array.shape, array.tobytes())
+        key = (hint, str(array.dtype), array.shape, array.tobytes())
         if key not in self._known:
             name = self.fresh(hint)
             self._known[key] = name

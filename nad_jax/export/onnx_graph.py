@@ -103,11 +103,9 @@ def to_onnx(
       metadata: Texts stored with the model, by key.
 
     Returns:
-      A checked model of opset 21, equal to JAX up to the order of float32 sums, as
-      long as a runtime fuses nothing. Scales are copied, except where activations are
-      quantized too and all codes of a channel stand for 0: there the scale changes
-      nothing in this graph, but a runtime that fuses would lose the channel's bias
-      (`_livelier_scale`).
+      A checked model of opset 21, equal to JAX up to the order of float32 sums as
+      long as a runtime fuses nothing. One that fuses rounds biases to multiples of
+      input scale times kernel scale, which moves some activations by a step.
 
     Raises:
       InputError: the module does not accept the images, uses an operation without
@@ -140,7 +138,6 @@ def to_onnx(
         (batch, *image_shape), name=onnx_glue.IMAGES, order=tuple(range(rank))
     )
     builder = writer.builder
-    builder.fresh(onnx_glue.IMAGES)
     (logits,) = onnx_glue.run(
         builder,
         closed.jaxpr,
@@ -153,7 +150,7 @@ def to_onnx(
     output = builder.tensor(builder.full(logits, shape))
     _drop_unused(builder, output)
     _bias_into_layers(writer, output)
-    _rename(builder, output, "logits")
+    _rename(builder, output, onnx_glue.LOGITS)
     return _model(builder, image_shape, shape, metadata or {})
 
 
@@ -365,8 +362,6 @@ class _Writer:
         dtype: Any = codes.dtype
         if narrow:
             dtype = ml_dtypes.int4 if codes.dtype == np.int8 else ml_dtypes.uint4
-        if scale.size > 1 and layer.name in self._act_params and not narrow:
-            scale = _livelier_scale(codes, scale, zero_point)
         inputs = [
             builder.array(codes.transpose(order).astype(dtype), f"{layer.name}/codes"),
             builder.array(_scalar_if_one(scale), f"{layer.name}/scale"),
@@ -383,18 +378,6 @@ class _Writer:
 
 def _scalar_if_one(x: np.ndarray) -> np.ndarray:
     return x.reshape(()) if x.size == 1 else x
-
-
-def _livelier_scale(codes, scale, zero_point):
-    """Scales in which those of channels that are all zero are the largest in use.
-
-    Such a channel has the scale 1, and its output is its bias alone: rounded to
-    multiples of the input's scale times 1, that would be lost.
-    """
-    dead = np.all(codes == zero_point, axis=tuple(range(codes.ndim - 1)))
-    if not dead.any() or dead.all():
-        return scale
-    return np.where(dead, np.max(scale[~dead]), scale).astype(np.float32)
 
 
 def _padding(geometry, sizes) -> tuple[str, list[int]]:
@@ -498,7 +481,7 @@ def _model(builder, image_shape, logits_shape, metadata) -> onnx.ModelProto:
         builder.nodes,
         "model",
         [value_info(onnx_glue.IMAGES, shape=[onnx_glue.BATCH, *image_shape])],
-        [value_info("logits", shape=sizes)],
+        [value_info(onnx_glue.LOGITS, shape=sizes)],
         initializer=onnx_glue.initializers(builder),
     )
     model = helper.make_model(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The session returns JAX's logits and refuses what it was not made for."""
 
+import importlib
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,9 +30,31 @@ class Net(nn.Module):
 IMAGES = np.random.default_rng(0).uniform(size=(23, 8, 8, 3)).astype(np.float32)
 
 
+apply = jax.jit(Net().apply)
+
+
 @pytest.fixture(scope="module")
 def variables():
-    return Net().init(jax.random.key(0), jnp.asarray(IMAGES))
+    shapes = jax.eval_shape(Net().init, jax.random.key(0), IMAGES)
+    generator = np.random.default_rng(1)
+
+    def draw(leaf):
+        values = generator.normal(0, 0.2, leaf.shape)
+        return jnp.asarray(values.astype(np.float32))
+
+    return jax.tree.map(draw, shapes)
+
+
+def _quantize(kernel, spec):
+    """Codes, grid and floats on a symmetric grid per channel."""
+    axes = tuple(range(kernel.ndim - 1))
+    largest = np.abs(kernel).max(axes, keepdims=True)
+    scale = np.asarray(largest, np.float32) / np.float32(spec.qmax)
+    codes = np.round(np.asarray(kernel) / scale)
+    grid = quantization.QuantParams(
+        jnp.asarray(scale), jnp.zeros(scale.shape, jnp.int32)
+    )
+    return jnp.asarray(codes.astype(np.int8)), grid, jnp.asarray(scale * codes)
 
 
 def _quantized(variables, bits):
@@ -37,9 +62,7 @@ def _quantized(variables, bits):
     spec, params = quantization.QuantSpec(bits), dict(variables["params"])
     codes, grids = {}, {}
     for name, own in params.items():
-        grids[name] = quantization.calibrate(own["kernel"], spec)
-        codes[name] = quantization.quantize(own["kernel"], grids[name], spec)
-        kernel = quantization.dequantize(codes[name], grids[name])
+        codes[name], grids[name], kernel = _quantize(own["kernel"], spec)
         params[name] = {**own, "kernel": kernel}
     specs = dict.fromkeys(codes, spec)
     quantized = {"codes": codes, "quant_params": grids, "specs": specs}
@@ -56,7 +79,7 @@ def test_logits_from_a_file_in_batches(variables, tmp_path):
     onnx.save_model(model, tmp_path / "model.onnx")
     session = onnx_runtime.Session(tmp_path / "model.onnx", threads=1)
     assert session.metadata == {"key": "text"}
-    expected = np.asarray(Net().apply(variables, IMAGES))
+    expected = np.asarray(apply(variables, IMAGES))
     for batch_size in (1, 10, 500):
         _assert_close(session.logits(IMAGES, batch_size), expected)
 
@@ -67,7 +90,7 @@ def test_products_with_narrow_kernels_are_not_approximated(variables, bits):
     on_grid, quantized = _quantized(variables, bits)
     model = onnx_graph.to_onnx(Net(), on_grid, (8, 8, 3), **quantized)
     session = onnx_runtime.Session(model.SerializeToString())
-    _assert_close(session.logits(IMAGES), np.asarray(Net().apply(on_grid, IMAGES)))
+    _assert_close(session.logits(IMAGES), np.asarray(apply(on_grid, IMAGES)))
 
 
 def test_integers_can_be_switched_off(variables, tmp_path):
@@ -117,3 +140,15 @@ def test_what_is_refused(variables, tmp_path):
             node.input[index] = "pixels" if name == "images" else name
     with pytest.raises(errors.InputError, match="pixels"):
         onnx_runtime.Session(model.SerializeToString())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_in_one_line(package, monkeypatch):
+    room = "nad_jax.export"
+    names = {"onnx": ("onnx_graph", "onnx_glue"), "onnxruntime": ("onnx_runtime",)}
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in names[package]:
+        monkeypatch.delitem(sys.modules, f"{room}.{name}")
+    with pytest.raises(errors.InputError, match=r"nad_jax\[export\]") as error:
+        importlib.import_module(f"{room}.{names[package][0]}")
+    assert package in str(error.value) and "\n" not in str(error.value)
