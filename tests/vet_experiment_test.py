@@ -75,6 +75,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
     assert all(row["asr"] is None for row in report["rows"])
     card = json.loads((workdir / "card.json").read_text())
     assert card["source_sha256"] == artifact.sha256(checkpoint)
+    assert set(card["files"]) == {"model.safetensors", "model.onnx", "model.stablehlo"}
     for name, digest in card["files"].items():
         assert artifact.sha256(workdir / name) == digest
     stored = artifact.read_artifact(workdir / "model.safetensors")
