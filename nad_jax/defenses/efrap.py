@@ -68,6 +68,8 @@ class LayerReport:
       objective: The same for the rounding chosen.
       soft_objective: Objective of the soft rounding before hardening ("adam" only).
       trace: Objective after each sweep ("coordinate" only).
+      converged: Whether no single flip would gain any more ("coordinate" only); False
+        when `max_sweeps` ended the descent.
       seconds: Wall time of this layer.
     """
 
@@ -79,6 +81,7 @@ class LayerReport:
     objective: float | None = None
     soft_objective: float | None = None
     trace: tuple[float, ...] = ()
+    converged: bool | None = None
     seconds: float = 0.0
 
 
@@ -511,6 +514,7 @@ def _make_rounder(
                 "objective_nearest": trace[0],
                 "objective": trace[-1],
                 "trace": tuple(trace[: sweeps + 1]),
+                "converged": sweeps < max_sweeps,
             }
         params, placement, problem = _pose(geometry, spec, moments, kernel, flip_weight)
         task = adam_rounding.LayerTask(

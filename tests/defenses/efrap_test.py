@@ -377,6 +377,10 @@ def test_few_sweeps_stop_early(dense):
     assert max(len(report.trace) for report in one.layers.values()) == 2
     assert max(len(report.trace) for report in full.layers.values()) > 2
     assert one.layers["first"].objective >= full.layers["first"].objective
+    assert not one.layers["first"].converged
+    assert all(report.converged for report in full.layers.values())
+    nearest = dense.quantize("nearest").layers["first"]
+    assert nearest.converged is None
 
 
 # ---- activations ----
@@ -776,6 +780,7 @@ NAN, INF = float("nan"), float("inf")
         ({"flip_weight": NAN}, ["flip_weight", "nan"]),
         ({"flip_weight": INF}, ["flip_weight", "inf"]),
         ({"max_sweeps": 0}, ["max_sweeps", "0"]),
+        ({"spec": quantization.QuantSpec(channel_axis=0)}, ["channel_axis", "0"]),
     ],
 )
 def test_a_bad_argument_is_one_line(convolutional, kwargs, words):
