@@ -12,6 +12,7 @@ else: no choice depends on it.
 
 import dataclasses
 import hashlib
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -194,14 +195,15 @@ def exit_code(report: Mapping[str, Any]) -> int:
 
 def _import_exporter() -> Any:
     """The room that needs ONNX, asked for before the work, not after."""
-    try:
-        import flatbuffers  # noqa: F401  (jax.export needs it and does not say so)
+    # jax.export needs flatbuffers, and says so only at the end.
+    for package in ("onnx", "onnxruntime", "flatbuffers"):
+        if importlib.util.find_spec(package) is None:
+            raise errors.InputError(
+                f"vetting exports what it ships and needs {package}, which is not "
+                "there; install nad_jax[export]"
+            )
+    from nad_jax.export import onnx_graph, onnx_runtime
 
-        from nad_jax.export import onnx_graph, onnx_runtime
-    except ImportError as error:
-        raise errors.InputError(
-            f"vetting exports what it ships ({error}); install nad_jax[export]"
-        ) from None
     return onnx_graph, onnx_runtime
 
 
