@@ -467,7 +467,7 @@ def test_missing_data_fail_at_once_and_say_how_to_get_them(tmp_path):
         with pytest.raises(errors.InputError, match="nad_jax.data.prepare") as error:
             sources.load(name, split="train", data_dir=tmp_path)
         assert str(tmp_path) in one_line(error)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20  # not the minutes of network retries
 
 
 def test_a_cached_split_is_not_decoded_again(prepared, monkeypatch):
