@@ -24,7 +24,7 @@ EVAL = {"train": False}
 
 
 def act_spec(
-    defense: settings.QuantizationSettings,
+    defense: settings.EfrapSettings,
 ) -> quantization.QuantSpec | None:
     """The grid of layer inputs; None = float."""
     if defense.act_bits is None:
@@ -50,7 +50,7 @@ def weight_specs(
 def make_evaluate(
     model: Any,
     test: sources.Dataset,
-    defense: settings.QuantizationSettings,
+    defense: settings.EfrapSettings,
     *,
     trigger: triggers.Trigger | None,
     target_labels: Any = None,
@@ -96,7 +96,7 @@ def calibration_images(
 
 
 def quantize(
-    defense: settings.QuantizationSettings,
+    defense: settings.EfrapSettings,
     name: str,
     model: Any,
     variables: Any,
@@ -143,10 +143,16 @@ def quantize(
         apply_kwargs=EVAL,
         key=key,
         max_sweeps=defense.max_sweeps,
-        adam=adam_rounding.AdamSettings(**dataclasses.asdict(defense.adam)),
+        adam=_adam(defense),
         layers=layers,
         on_layer=on_layer,
     )
+
+
+def _adam(defense: settings.EfrapSettings) -> adam_rounding.AdamSettings | None:
+    if not isinstance(defense, settings.QuantizationSettings):
+        return None
+    return adam_rounding.AdamSettings(**dataclasses.asdict(defense.adam))
 
 
 def layer_entries(

@@ -189,44 +189,57 @@ class AdamRoundingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizationSettings:
-    """The defender: one grid, and every rounding to compare on it.
+class EfrapSettings:
+    """One grid, and EFRAP on it.
 
     Attributes:
       weight_bits: Width of the weights, 2 to 8.
       act_bits: Width of layer inputs; None = float.
       grid: The weight grid.
       fold_batch_norm: Fold BatchNorm into the layers before quantizing.
-      roundings: Which rows to compute, of `ROUNDINGS`.
       flip_weight: EFRAP's price of a weight left at nearest.
       max_sweeps: Sweeps of coordinate descent at most.
-      stochastic_draws: Draws of stochastic rounding that are averaged.
       calibration_images: Clean, unlabelled training images the defender has.
-      adam: The relaxed objective, for the rounding "adam".
     """
 
     weight_bits: int = 4
     act_bits: int | None = None
     grid: GridSettings = dataclasses.field(default_factory=GridSettings)
     fold_batch_norm: bool = False
-    roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
     flip_weight: float = 0.01
     max_sweeps: int = 20
-    stochastic_draws: int = 5
     calibration_images: int = 1024
-    adam: AdamRoundingSettings = dataclasses.field(default_factory=AdamRoundingSettings)
 
     def __post_init__(self):
         _check_bits(self, "weight_bits")
         _check_bits(self, "act_bits", optional=True)
+        _check(self, "flip_weight", self.flip_weight >= 0, ">= 0")
+        for name in ("max_sweeps", "calibration_images"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationSettings(EfrapSettings):
+    """The defender: one grid, and every rounding to compare on it.
+
+    Attributes:
+      roundings: Which rows to compute, of `ROUNDINGS`.
+      stochastic_draws: Draws of stochastic rounding that are averaged.
+      adam: The relaxed objective, for the rounding "adam".
+    """
+
+    roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
+    stochastic_draws: int = 5
+    adam: AdamRoundingSettings = dataclasses.field(default_factory=AdamRoundingSettings)
+
+    def __post_init__(self):
+        super().__post_init__()
         for name in self.roundings:
             if name not in ROUNDINGS:
                 raise InputError(
                     f"roundings must be of {', '.join(ROUNDINGS)}, got {name!r}"
                 )
-        _check(self, "flip_weight", self.flip_weight >= 0, ">= 0")
-        for name in ("max_sweeps", "stochastic_draws", "calibration_images"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "stochastic_draws", self.stochastic_draws >= 1, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,7 +504,7 @@ class VetSettings:
         measures.
       training: Of the repair.
       nad: The repair's attention term.
-      defense: The grid to ship on; of its roundings, "efrap" is the one shipped.
+      defense: The grid to ship on, and EFRAP.
       trigger: For measurement, if one is known; the name "none" means that none is.
       target_label: Class the trigger asks for.
       clean_fraction: Share of the training split that is used.
@@ -508,7 +521,7 @@ class VetSettings:
     data: DataSettings
     training: TrainingSettings
     nad: NadSettings
-    defense: QuantizationSettings
+    defense: EfrapSettings
     trigger: TriggerSettings = TriggerSettings("none")
     target_label: int = 0
     clean_fraction: float = 0.05

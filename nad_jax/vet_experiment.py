@@ -341,33 +341,36 @@ def _export(config, scene, workdir, converted, shipped, calibration, rows, expor
     artifact.write_artifact(files["artifact"], parts)
     # What is exported is what the file says, not what memory holds.
     stored = artifact.read_artifact(files["artifact"])
-    model = onnx_graph.to_onnx(
-        scene.model,
-        stored.variables,
-        scene.train.images.shape[1:],
-        layers=scene.layers,
+    shipped = dataclasses.replace(
+        shipped,
+        variables=stored.variables,
         codes=stored.codes,
         quant_params=stored.quant_params,
         specs=stored.specs,
         act_params=stored.act_params,
         act_spec=stored.act_spec,
-        apply_kwargs=roundings.EVAL,
+    )
+    image_shape = scene.train.images.shape[1:]
+    model = onnx_graph.to_onnx(
+        shipped.module,
+        shipped.variables,
+        image_shape,
+        layers=scene.layers,
+        codes=shipped.codes,
+        quant_params=shipped.quant_params,
+        specs=shipped.specs,
+        act_params=shipped.act_params,
+        act_spec=shipped.act_spec,
+        apply_kwargs=shipped.apply_kwargs,
         metadata={"source_sha256": card["source_sha256"]},
     )
     files["onnx"].write_bytes(model.SerializeToString())
     program = stablehlo.to_stablehlo(
-        lambda variables, images: efrap_lib.apply_quantized(
-            scene.model,
-            variables,
-            images,
-            stored.act_params,
-            act_spec=stored.act_spec,
-            apply_kwargs=roundings.EVAL,
-        ),
-        stored.variables,
-        scene.train.images.shape[1:],
-        codes=stored.codes,
-        quant_params=stored.quant_params,
+        shipped.apply,
+        shipped.variables,
+        image_shape,
+        codes=shipped.codes,
+        quant_params=shipped.quant_params,
     )
     files["stablehlo"].write_bytes(program)
     # The card comes last and holds the hashes: files without one are unfinished.

@@ -123,11 +123,19 @@ def test_what_cannot_be_judged_is_exit_code_2_and_one_line(
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_every_setting_of_the_config_is_read():
+def test_the_config_names_every_setting():
+    """So no default of a vetting lives in two places."""
     mapping = _config()
     mapping["checkpoint"] = "x"
-    config = settings.parse(mapping)
-    assert set(mapping) == set(type(config).__dataclass_fields__)
+    for section, cls in (
+        (mapping, settings.VetSettings),
+        (mapping["defense"], settings.EfrapSettings),
+        (mapping["nad"], settings.NadSettings),
+        (mapping["training"], settings.TrainingSettings),
+        (mapping["verdict"], settings.VerdictSettings),
+    ):
+        assert set(section) == set(cls.__dataclass_fields__)
+    assert isinstance(settings.parse(mapping), settings.VetSettings)
 
 
 def test_unknown_classes_are_a_reason_not_to_judge(tmp_path, capsys):

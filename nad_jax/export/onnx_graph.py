@@ -14,7 +14,7 @@ into integer arithmetic. It can do so where a layer's output reaches only the in
 another layer, at most through a ReLU: not where a residual sum comes between.
 
 The module is traced once with its layers replaced by markers, so that only what lies
-between them has to be translated (`onnx_glue`); what a layer computes is known from its
+between them has to be translated (`onnx_walk`); what a layer computes is known from its
 `Geometry`. BatchNorm needs no rule of its own: in evaluation mode it is a constant
 factor and summand, and after `fold_batch_norm` only a summand, which becomes the bias
 of the layer before it.
@@ -36,7 +36,7 @@ from jax.extend import core as jax_core
 
 from nad_jax import errors
 from nad_jax.core import quantization
-from nad_jax.export import onnx_glue
+from nad_jax.export import onnx_builder, onnx_walk
 from nad_jax.models import layers as layers_lib
 
 try:
@@ -84,7 +84,7 @@ def to_onnx(
     module's output or the first element of the tuple it returns.
 
     Args:
-      module: Any Linen module whose operations between layers are in `onnx_glue`.
+      module: Any Linen module whose operations between layers are in `onnx_rules`.
       variables: Its variables; the kernels of layers with codes are not read.
       image_shape: `(H, W, C)`.
       layers: From `find_layers`, if at hand.
@@ -132,13 +132,13 @@ def to_onnx(
         )
     closed, batch = _trace(module, variables, image_shape, by_path, apply_kwargs)
     writer = _Writer(by_path, variables, codes, grids, act_params, act_spec, pack_int4)
-    leaves = [onnx_glue.constant(x) for x in jax.tree.leaves(variables)]
+    leaves = [onnx_builder.constant(x) for x in jax.tree.leaves(variables)]
     rank = len(image_shape) + 1
-    images = onnx_glue.Value(
-        (batch, *image_shape), name=onnx_glue.IMAGES, order=tuple(range(rank))
+    images = onnx_builder.Value(
+        (batch, *image_shape), name=onnx_builder.IMAGES, order=tuple(range(rank))
     )
     builder = writer.builder
-    (logits,) = onnx_glue.run(
+    (logits,) = onnx_walk.run(
         builder,
         closed.jaxpr,
         [*leaves, images],
@@ -150,7 +150,7 @@ def to_onnx(
     output = builder.tensor(builder.full(logits, shape))
     _drop_unused(builder, output)
     _bias_into_layers(writer, output)
-    _rename(builder, output, onnx_glue.LOGITS)
+    _rename(builder, output, onnx_builder.LOGITS)
     return _model(builder, image_shape, shape, metadata or {})
 
 
@@ -218,7 +218,7 @@ def _trace(module, variables, image_shape, by_path, apply_kwargs):
             outputs = module.apply(variables, images, **apply_kwargs)
         return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
-    (batch,) = jax.export.symbolic_shape(onnx_glue.BATCH)
+    (batch,) = jax.export.symbolic_shape(onnx_builder.BATCH)
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), variables
@@ -247,7 +247,7 @@ class _Writer:
     def __init__(
         self, by_path, variables, codes, grids, act_params, act_spec, pack_int4
     ):
-        self.builder = onnx_glue.Builder()
+        self.builder = onnx_builder.Builder()
         # Output tensor of a layer that may be fused -> step of its accumulator, per
         # output channel.
         self.bias_steps: dict[str, np.ndarray] = {}
@@ -259,7 +259,7 @@ class _Writer:
         self._act_spec = act_spec
         self._pack_int4 = pack_int4
 
-    def layer(self, builder, equation, values) -> list[onnx_glue.Value]:
+    def layer(self, builder, equation, values) -> list[onnx_builder.Value]:
         """The handler of a layer's marker."""
         layer = self._by_path[equation.params["path"]]
         own = layers_lib.get_in(self._params, layer.path)
@@ -281,10 +281,11 @@ class _Writer:
                     f"with {len(geometry.window)} window axes takes "
                     f"{len(geometry.window) + 2}"
                 )
-            order = onnx_glue.channels_first(rank)
+            order = onnx_builder.channels_first(rank)
         inputs = builder.tensor(value, order)
         if geometry.window:
-            mode, pads = _padding(geometry, inputs_shape[1:-1])
+            mode, pairs = layers_lib.position_padding(geometry, inputs_shape[1:-1])
+            pads = [int(pair[side]) for side in (0, 1) for pair in pairs]
             attributes = {
                 "kernel_shape": list(geometry.window),
                 "strides": list(geometry.strides),
@@ -311,7 +312,7 @@ class _Writer:
         if own.get("bias") is not None:
             bias = np.asarray(own["bias"], np.float32)
             summand = bias.reshape((1,) * (rank - 1) + bias.shape)
-        return [onnx_glue.Value(shape, name=name, order=order, summand=summand)]
+        return [onnx_builder.Value(shape, name=name, order=order, summand=summand)]
 
     def _quantized_input(self, layer: str, inputs: str) -> str:
         if layer not in self._act_params:
@@ -380,31 +381,7 @@ def _scalar_if_one(x: np.ndarray) -> np.ndarray:
     return x.reshape(()) if x.size == 1 else x
 
 
-def _padding(geometry, sizes) -> tuple[str, list[int]]:
-    """Mode of ONNX Pad, and the numbers before and after each position axis."""
-    padding, mode = geometry.padding, "constant"
-    reach = [
-        (w - 1) * d for w, d in zip(geometry.window, geometry.dilation, strict=True)
-    ]
-    if padding == "VALID":
-        pairs = [(0, 0) for _ in reach]
-    elif padding == "SAME":
-        totals = [
-            max((-(-n // s) - 1) * s + r + 1 - n, 0)
-            for n, s, r in zip(sizes, geometry.strides, reach, strict=True)
-        ]
-        pairs = [(total // 2, total - total // 2) for total in totals]
-    elif padding in ("CIRCULAR", "REFLECT"):
-        mode = "wrap" if padding == "CIRCULAR" else "reflect"
-        pairs = [(r // 2, r - r // 2) for r in reach]
-    elif padding == "CAUSAL":
-        pairs = [(r, 0) for r in reach]
-    else:
-        pairs = list(padding)
-    return mode, [int(pair[side]) for side in (0, 1) for pair in pairs]
-
-
-def _drop_unused(builder: onnx_glue.Builder, output: str) -> None:
+def _drop_unused(builder: onnx_builder.Builder, output: str) -> None:
     wanted, kept = {output}, []
     for node in reversed(builder.nodes):
         if wanted.isdisjoint(node.output):
@@ -459,7 +436,7 @@ def _output_channels(builder, layer) -> int:
     return array.shape[0 if layer.op_type == "Conv" else 1]
 
 
-def _rename(builder: onnx_glue.Builder, old: str, new: str) -> None:
+def _rename(builder: onnx_builder.Builder, old: str, new: str) -> None:
     if not any(old in node.output for node in builder.nodes):
         builder.nodes.append(helper.make_node("Identity", [old], [new]))
         return
@@ -475,14 +452,14 @@ def _model(builder, image_shape, logits_shape, metadata) -> onnx.ModelProto:
         helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT
     )
     sizes = [
-        size if isinstance(size, int) else onnx_glue.BATCH for size in logits_shape
+        size if isinstance(size, int) else onnx_builder.BATCH for size in logits_shape
     ]
     graph = helper.make_graph(
         builder.nodes,
         "model",
-        [value_info(onnx_glue.IMAGES, shape=[onnx_glue.BATCH, *image_shape])],
-        [value_info(onnx_glue.LOGITS, shape=sizes)],
-        initializer=onnx_glue.initializers(builder),
+        [value_info(onnx_builder.IMAGES, shape=[onnx_builder.BATCH, *image_shape])],
+        [value_info(onnx_builder.LOGITS, shape=sizes)],
+        initializer=onnx_builder.initializers(builder),
     )
     model = helper.make_model(
         graph,

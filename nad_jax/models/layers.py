@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -365,6 +365,22 @@ def unfold(geometry: Geometry, inputs: jax.Array) -> jax.Array:
 
 def _padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     """Inputs with their spatial axes padded as the layer itself would."""
+    mode, pairs = position_padding(geometry, inputs.shape[1:-1])
+    pairs = [(0, 0), *pairs, (0, 0)]
+    if mode == "constant":
+        # Unlike `jnp.pad`, accepts negative numbers: they crop, as in Flax.
+        zero = jnp.zeros((), inputs.dtype)
+        return jax.lax.pad(inputs, zero, [(low, high, 0) for low, high in pairs])
+    return jnp.pad(inputs, pairs, mode=mode)
+
+
+def position_padding(
+    geometry: Geometry, sizes: Sequence[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """How a layer pads positions of these sizes: mode, and (before, after) per axis.
+
+    The mode is "constant" (zeros; negative numbers crop), "wrap" or "reflect".
+    """
     padding, mode = geometry.padding, "constant"
     reach = [
         (w - 1) * d for w, d in zip(geometry.window, geometry.dilation, strict=True)
@@ -372,7 +388,6 @@ def _padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     if padding == "VALID":
         pairs = [(0, 0) for _ in reach]
     elif padding == "SAME":
-        sizes = inputs.shape[1:-1]
         totals = [
             max((-(-n // s) - 1) * s + r + 1 - n, 0)
             for n, s, r in zip(sizes, geometry.strides, reach, strict=True)
@@ -386,12 +401,7 @@ def _padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     else:
         assert not isinstance(padding, str), padding
         pairs = list(padding)
-    pairs = [(0, 0), *pairs, (0, 0)]
-    if mode == "constant":
-        # Unlike `jnp.pad`, accepts negative numbers: they crop, as in Flax.
-        zero = jnp.zeros((), inputs.dtype)
-        return jax.lax.pad(inputs, zero, [(low, high, 0) for low, high in pairs])
-    return jnp.pad(inputs, pairs, mode=mode)
+    return mode, pairs
 
 
 def fold_batch_norm(

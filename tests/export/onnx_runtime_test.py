@@ -145,7 +145,10 @@ def test_what_is_refused(variables, tmp_path):
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named_in_one_line(package, monkeypatch):
     room = "nad_jax.export"
-    names = {"onnx": ("onnx_graph", "onnx_glue"), "onnxruntime": ("onnx_runtime",)}
+    names = {
+        "onnx": ("onnx_graph", "onnx_builder", "onnx_rules", "onnx_walk"),
+        "onnxruntime": ("onnx_runtime",),
+    }
     monkeypatch.setitem(sys.modules, package, None)
     for name in names[package]:
         monkeypatch.delitem(sys.modules, f"{room}.{name}")
