@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from nad_jax import main, models, settings
+from nad_jax import main, models, settings, vet_experiment
 from nad_jax.interop import arch_match, artifact, name_maps, safetensors_reader
 from nad_jax.models import common
+from nad_jax.report import schema
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -121,6 +122,42 @@ def test_what_cannot_be_judged_is_exit_code_2_and_one_line(
     )
     err = capsys.readouterr().err
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "broken, changes",
+    [
+        (None, {}),
+        ("accuracy", {"acc": 0.68}),
+        ("predictions on clean", {"drift": 0.11}),
+        ("exported files", {"agreement": 0.99}),
+        ("known trigger", {"asr": 0.07}),
+    ],
+)
+def test_each_limit_rejects_alone(broken, changes):
+    """At the limit itself a model still passes."""
+    values = {"acc": 0.69, "asr": 0.06, "drift": 0.1, "agreement": 0.995, **changes}
+
+    def row(acc, asr):
+        return schema.Row("x", "given", 0, 8, 8, acc, asr, None, 100, 100, 0.0, 0.0)
+
+    claims = vet_experiment._verdict(
+        settings.VerdictSettings(max_accuracy_loss=0.0101),
+        row(0.7, 1.0),
+        row(values["acc"], values["asr"]),
+        values["drift"],
+        values["agreement"],
+    )
+    failed = [claim["text"] for claim in claims if not claim["passed"]]
+    assert len(failed) == (broken is not None)
+    assert all(broken in text for text in failed)
+    assert vet_experiment.exit_code({"claims": claims}) == len(failed)
+
+
+def test_without_a_trigger_nothing_is_claimed_about_one():
+    row = schema.Row("x", "given", 0, 8, 8, 0.7, None, None, 100, None, 0.0, 0.0)
+    claims = vet_experiment._verdict(settings.VerdictSettings(), row, row, 0.0, 1.0)
+    assert len(claims) == 3 and not any("trigger" in c["text"] for c in claims)
 
 
 def test_the_config_names_every_setting():
