@@ -323,9 +323,9 @@ def _export(config, scene, workdir, converted, shipped, calibration, rows, expor
         "git_commit": pipeline.git_commit(),
         "versions": environment.describe()["versions"],
         "runtime": (
-            "Keep ONNX Runtime from redoing numbers: session option "
-            "session.qdq_matmulnbits_accuracy_level=1. Never hand the float weights "
-            "to another quantizer: it rounds them anew."
+            "If activations are float, set session.disable_quant_qdq=1, or ONNX "
+            "Runtime computes products in int8. Never hand the float weights to "
+            "another quantizer: it rounds them anew."
         ),
         "rows": [row.to_dict() for row in rows],
     }

@@ -16,10 +16,9 @@ except ImportError as error:
         f"nad_jax[export] ({error})"
     ) from None
 
-# By default ONNX Runtime computes products with 4-bit kernels in int8, which moves
-# logits by thousandths; level 1 is float32.
-_ACCURACY = ("session.qdq_matmulnbits_accuracy_level", "1")
 # Quantizers stay nodes of their own, and kernels are dequantized once, when loading.
+# Left to itself, ONNX Runtime computes products of float inputs with narrow kernels in
+# int8, which moves logits by thousandths.
 _NO_INTEGERS = ("session.disable_quant_qdq", "1")
 
 
@@ -53,7 +52,6 @@ class Session:
         options.log_severity_level = 3  # errors
         if threads is not None:
             options.intra_op_num_threads = threads
-        options.add_session_config_entry(*_ACCURACY)
         source = model if isinstance(model, bytes) else os.fspath(model)
         if optimized_path is not None:
             options.optimized_model_filepath = os.fspath(optimized_path)
