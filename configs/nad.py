@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sharpness_radius=0.1,
         nad=_section(
             # The published 500, 1000, 1000 per pixel belong to maps with 4 times as
-            # many pixels; on these they overwhelm the labels (ACC 31 %).
+            # many pixels; on these they overwhelm the labels.
             betas=_section(stage1=25.0, stage2=50.0, stage3=50.0),
             beta_unit="mean_square",
             p=2.0,
