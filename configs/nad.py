@@ -3,8 +3,12 @@
 
     python -m nad_jax.main --config=configs/nad.py            # digits, some minutes
     python -m nad_jax.main --config=configs/nad.py:smoke      # seconds, for tests
-    python -m nad_jax.main --config=configs/nad.py:cifar10 \
-        --config.data.data_dir=DIR                            # never run to its end
+    python -m nad_jax.main --config=configs/nad.py:blend      # another attack
+    python -m nad_jax.main --config=configs/nad.py:cifar10,blend \
+        --config.data.data_dir=DIR
+
+A variant is one attack of badnets (the default), trojan, blend, clean_label, sig,
+refool and wanet, or "smoke" or "cifar10", or one of each joined by a comma.
 
 Every number can be overridden: --config.attack.poison_rate=0.01 --config.seeds='(0,1)'.
 Another trigger takes other options: `config.attack.trigger` in a config of your own.
@@ -20,7 +24,15 @@ from ml_collections import config_dict
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The digits experiment, or the variant "smoke" or "cifar10"."""
+    """The experiment of the parts of `variant`; see above."""
+    parts = [part for part in variant.split(",") if part]
+    scales = [part for part in parts if part in _SCALES]
+    attacks = [part for part in parts if part in _ATTACKS]
+    if len(scales) + len(attacks) < len(parts) or len(scales) > 1 or len(attacks) > 1:
+        raise ValueError(
+            f"variant must be one of {', '.join(_SCALES)} and one of "
+            f"{', '.join(_ATTACKS)}, or both joined by a comma, got {variant!r}"
+        )
     config = ml_collections.ConfigDict()
     config.job = "nad"
     config.title = "Digits: a poisoned model and its repair"
@@ -43,6 +55,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         poison_rate=0.1,
         perturbation=0.0,
         perturbation_steps=10,
+        noise_ratio=0.0,
+        noise_jitter=0.5,
+        trojan=config_dict.placeholder(ml_collections.ConfigDict),
     )
     config.defense = _section(
         rows=(
@@ -82,12 +97,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         fine_pruning=_section(max_accuracy_drop=0.04),
         mode_connectivity=_section(position=0.1, learning_rate=0.01),
     )
-    if variant == "smoke":
-        _make_smoke(config)
-    elif variant == "cifar10":
-        _make_cifar10(config)
-    elif variant:
-        raise ValueError(f"variant must be smoke or cifar10, got {variant!r}")
+    for scale in scales:
+        _SCALES[scale](config)
+    for attack in attacks:
+        _ATTACKS[attack](config)
+        config.title += f" ({attack})"
     return config
 
 
@@ -126,6 +140,62 @@ def _make_cifar10(config):
     for stage in (config.victim, config.defense.training):
         stage.crop_padding = 4
         stage.flip = True
+
+
+def _badnets(config):
+    """The grid in the corner; nothing to change."""
+
+
+def _trojan(config):
+    # 9 pixels, away from the corner so that a crop seldom cuts them.
+    config.attack.trigger = _section(name="square", size=3, margin=2)
+    config.attack.trojan = _section(neurons=2, reach=5.0, steps=200, learning_rate=0.05)
+
+
+def _blend(config):
+    config.attack.trigger = _section(name="blend", alpha=0.2)
+
+
+def _clean_label(config):
+    config.attack.trigger = _section(name="four_corner")
+    # Of the whole data; one class is a tenth of it.
+    config.attack.update(
+        label_mode="clean_label",
+        poison_rate=0.05,
+        perturbation=16 / 255,
+    )
+
+
+def _sig(config):
+    # 6 periods across CIFAR-10; the digits have half as many pixels.
+    periods = 6 if config.data.name == "cifar10" else 3
+    config.attack.trigger = _section(
+        name="sinusoid", amplitude=40 / 255, frequency=periods
+    )
+    config.attack.update(label_mode="clean_label", poison_rate=0.05)
+
+
+def _refool(config):
+    config.attack.trigger = _section(
+        name="reflection", opacity=0.4, count=8, ghost_rate=0.49
+    )
+
+
+def _wanet(config):
+    config.attack.trigger = _section(name="warp", grid_size=4, strength=1.0)
+    config.attack.noise_ratio = 1.0
+
+
+_SCALES = {"smoke": _make_smoke, "cifar10": _make_cifar10}
+_ATTACKS = {
+    "badnets": _badnets,
+    "trojan": _trojan,
+    "blend": _blend,
+    "clean_label": _clean_label,
+    "sig": _sig,
+    "refool": _refool,
+    "wanet": _wanet,
+}
 
 
 def _section(**values):

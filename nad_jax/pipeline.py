@@ -184,6 +184,8 @@ def draw(
     stamped = triggers.apply_trigger(batches.to_float(jnp.asarray(clean)), trigger)
     triggered = _to_uint8(stamped)
     blank = jnp.full((1, *clean.shape[1:]), 0.5)
+    if trigger.field is not None:
+        blank = _checkers(blank)  # a bend shows on lines only
     forward = jax.jit(functools.partial(apply, train=False))
     attention_maps = []
     for name, variables in nets:
@@ -200,6 +202,12 @@ def draw(
         triggered_samples=triggered,
         attention=tuple(attention_maps),
     )
+
+
+def _checkers(plain: jax.Array) -> jax.Array:
+    """Squares of 4 pixels, a little darker and brighter than `plain`."""
+    row, column = np.indices(plain.shape[1:3]) // 4
+    return plain + jnp.asarray(0.25 * (-1.0) ** (row + column))[None, :, :, None]
 
 
 def _to_uint8(images: jax.Array) -> np.ndarray:

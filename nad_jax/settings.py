@@ -243,6 +243,29 @@ class QuantizationSettings(EfrapSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrojanSettings:
+    """A trigger made to measure for a clean net (`nad_jax.attacks.trojan`).
+
+    Attributes:
+      neurons: Inputs of the classifier that the trigger is to excite.
+      reach: What to bring them to, in multiples of their largest value on clean images.
+      steps: Gradient steps.
+      learning_rate: Of Adam, in units of [0, 1] pixels.
+    """
+
+    neurons: int = 2
+    reach: float = 5.0
+    steps: int = 200
+    learning_rate: float = 0.05
+
+    def __post_init__(self):
+        for name in ("neurons", "steps"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("reach", "learning_rate"):
+            _check(self, name, getattr(self, name) > 0, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class PoisoningSettings:
     """A victim trained on poisoned data (`nad_jax.attacks.poisoning`).
 
@@ -258,6 +281,10 @@ class PoisoningSettings:
         adversarial change that makes poisoned images hard to learn before they are
         stamped; 0 = none (`nad_jax.attacks.clean_label`).
       perturbation_steps: Gradient steps for it.
+      noise_ratio: Triggers that bend the image only: so many times as many other images
+        as are poisoned are bent in ways of their own and keep their label; 0 = none.
+      noise_jitter: How much those differ from the trigger, in pixels.
+      trojan: Optimise what the trigger shows; None = as it is drawn.
     """
 
     trigger: TriggerSettings
@@ -266,6 +293,9 @@ class PoisoningSettings:
     poison_rate: float = 0.1
     perturbation: float = 0.0
     perturbation_steps: int = 10
+    noise_ratio: float = 0.0
+    noise_jitter: float = 0.5
+    trojan: TrojanSettings | None = None
 
     def __post_init__(self):
         modes = ("all_to_one", "all_to_all", "clean_label")
@@ -276,6 +306,10 @@ class PoisoningSettings:
         _check(self, "perturbation_steps", self.perturbation_steps >= 1, "at least 1")
         if self.perturbation and self.label_mode != "clean_label":
             raise InputError("perturbation is for label_mode clean_label only")
+        for name in ("noise_ratio", "noise_jitter"):
+            _check(self, name, getattr(self, name) >= 0, ">= 0")
+        most = self.poison_rate * (1 + self.noise_ratio)
+        _check(self, "noise_ratio", most <= 1, "so that poison and noise fit the data")
 
 
 @dataclasses.dataclass(frozen=True)

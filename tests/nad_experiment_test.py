@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from nad_jax import errors, main, settings
+from nad_jax import errors, main, pipeline, settings
+from nad_jax.attacks import triggers
 from nad_jax.report import schema
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nad.py"
@@ -21,7 +22,12 @@ def _config(variant=""):
     return module.get_config(variant).to_dict()
 
 
-@pytest.mark.parametrize("variant", ["", "smoke", "cifar10"])
+ATTACKS = ("badnets", "trojan", "blend", "clean_label", "sig", "refool", "wanet")
+
+
+@pytest.mark.parametrize(
+    "variant", ["", "smoke", "cifar10", *ATTACKS, "cifar10,sig", "wanet,smoke"]
+)
 def test_every_variant_is_valid_and_names_every_setting(variant):
     """So no default of a repair lives in two places."""
     mapping = _config(variant)
@@ -39,6 +45,7 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        (("attack", "noise_ratio"), 10.0, "so that poison and noise fit the data"),
         (("job",), "neither", "config.job must be of efrap, nad, vet, got 'neither'"),
         (("attack", "poison_rate"), 0.0, "config.attack.poison_rate must be in"),
         (("attack", "perturbation"), 0.1, "for label_mode clean_label only"),
@@ -56,6 +63,22 @@ def test_a_wrong_setting_is_named(path, value, message):
     section[path[-1]] = value
     with pytest.raises(errors.InputError, match=message):
         settings.parse(mapping)
+
+
+@pytest.mark.parametrize("variant", ["smoke,cifar10", "blend,sig", "smoke/blend"])
+def test_a_variant_that_is_none_says_what_there_is(variant, capsys):
+    assert main.main(["main", f"--config={CONFIG}:{variant}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "badnets, trojan" in said and variant in said
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_attack_draws_its_trigger_on_every_scale(attack):
+    """All sizes of image that the shipped configs have."""
+    for scale, shape in (("smoke", (8, 8, 3)), ("cifar10", (32, 32, 3))):
+        config = settings.parse(_config(f"{scale},{attack}"))
+        trigger = pipeline.build_trigger(config.attack.trigger, shape)
+        triggers.check_trigger(trigger, shape)
 
 
 @pytest.mark.slow

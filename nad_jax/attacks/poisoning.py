@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.attacks import triggers
+from nad_jax.attacks import triggers, warps
 
 LABEL_MODES = ("all_to_one", "all_to_all", "clean_label")
 
@@ -203,6 +203,53 @@ def stamp(images: np.ndarray, trigger: triggers.Trigger) -> np.ndarray:
         levels = np.asarray(triggers.apply_trigger(batch, trigger)) * 255
         stamped[start : start + _STAMP_BATCH] = np.rint(levels).astype(np.uint8)
     return stamped
+
+
+def distract(
+    images: np.ndarray,
+    indices: np.ndarray,
+    trigger: triggers.Trigger,
+    *,
+    jitter: float,
+    key: jax.Array,
+) -> np.ndarray:
+    """A training set in which some images are bent in other ways than the trigger's.
+
+    WaNet's noise mode: their labels stay, so that a model learns this very bend and not
+    any bend at all. Each field is the trigger's plus a displacement of every pixel,
+    uniform in [-jitter, jitter].
+
+    Args:
+      images: uint8 ``[N, H, W, C]``.
+      indices: Which to bend, int ``[M]``; none of them poisoned.
+      trigger: One with a field.
+      jitter: In pixels.
+      key: Typed key; decides the displacements.
+
+    Returns:
+      A copy, uint8 ``[N, H, W, C]``, equal to the original outside of indices.
+
+    Raises:
+      InputError: For a trigger that bends nothing, or arrays that do not fit.
+    """
+    _check_images(images)
+    _check_indices(np.asarray(indices), len(images))
+    if trigger.field is None:
+        raise errors.InputError("noise images need a trigger that bends, such as warp")
+    field = jnp.asarray(trigger.field)[None]
+    bent = np.array(images)
+    for start in range(0, len(indices), _STAMP_BATCH):
+        rows = np.asarray(indices[start : start + _STAMP_BATCH])
+        draw = jax.random.uniform(
+            jax.random.fold_in(key, start),
+            (len(rows), *field.shape[1:]),
+            minval=-jitter,
+            maxval=jitter,
+        )
+        batch = jnp.asarray(images[rows], jnp.float32) / 255
+        levels = np.asarray(warps.bend(batch, field + draw)) * 255
+        bent[rows] = np.rint(levels).astype(np.uint8)
+    return bent
 
 
 def _check_mode(mode: str) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors
+from nad_jax.attacks import reflections, warps
 from nad_jax.core import shapes
 
 # 3x3 checker of the public NAD code, the same in every channel.
@@ -21,21 +22,28 @@ _GRID = np.asarray([[0, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
 
 
 class Trigger(NamedTuple):
-    """A fixed change of an image: replace (or blend) under a mask, then add.
+    """A fixed change of an image: bend, replace (or blend) under a mask, then add.
 
-    ``stamped = image * (1 - mask) + pattern * mask``, and with an offset
+    ``stamped = bent * (1 - mask) + pattern * mask``, and with an offset
     ``clip(stamped + offset, 0, 1)``. Patches have a 0/1 mask, blends a constant one,
-    additive triggers an empty one and an offset.
+    additive triggers an empty one and an offset, warps an empty one and a field.
+
+    There may be R patterns with a mask each: an image then gets the one whose number is
+    the sum of its grey levels modulo R, which is the same in training and in use.
 
     Attributes:
-      pattern: Picture that shows through the mask, ``[H, W, C]``, in [0, 1].
-      mask: Opacity of the pattern, ``[H, W, 1]``, in [0, 1].
+      pattern: Picture that shows through the mask, ``[H, W, C]`` or ``[R, H, W, C]``,
+        in [0, 1].
+      mask: Opacity of the pattern, ``[H, W, 1]`` or ``[R, H, W, 1]``, in [0, 1].
       offset: What is added, ``[H, W, C]``, in [-1, 1]; None when nothing is.
+      field: Where each pixel is fetched from, ``[H, W, 2]``, see
+        `nad_jax.attacks.warps`; None when nothing is bent.
     """
 
     pattern: jax.Array
     mask: jax.Array
     offset: jax.Array | None = None
+    field: jax.Array | None = None
 
 
 def apply_trigger(images: jax.Array, trigger: Trigger) -> jax.Array:
@@ -55,7 +63,7 @@ def apply_trigger(images: jax.Array, trigger: Trigger) -> jax.Array:
 
     Gradients:
       Of images and of every part of the trigger; 0 where the sum with an offset is
-      clipped.
+      clipped. The choice among several patterns has none.
 
     Example:
       >>> trigger = square_trigger((4, 4, 1), size=2, margin=1)
@@ -68,9 +76,16 @@ def apply_trigger(images: jax.Array, trigger: Trigger) -> jax.Array:
     shapes.check_rank("images", images, "B H W C")
     shapes.check_floating("images", images)
     _check_trigger_shapes(trigger, images.shape[1:])
-    # The batch axis is written out: nothing here broadcasts by rank.
-    pattern = jnp.asarray(trigger.pattern, images.dtype)[None]
-    mask = jnp.asarray(trigger.mask, images.dtype)[None]
+    pattern = jnp.asarray(trigger.pattern, images.dtype)
+    mask = jnp.asarray(trigger.mask, images.dtype)
+    if pattern.ndim == 4:
+        chosen = _grey_levels(images) % pattern.shape[0]
+        pattern, mask = pattern[chosen], mask[chosen]
+    else:
+        # The batch axis is written out: nothing here broadcasts by rank.
+        pattern, mask = pattern[None], mask[None]
+    if trigger.field is not None:
+        images = warps.bend(images, trigger.field)
     stamped = images * (1 - mask) + pattern * mask
     if trigger.offset is None:
         return stamped
@@ -91,6 +106,8 @@ def check_trigger(trigger: Trigger, image_shape: tuple[int, int, int]) -> Trigge
     ranges = [("pattern", trigger.pattern, 0), ("mask", trigger.mask, 0)]
     if trigger.offset is not None:
         ranges.append(("offset", trigger.offset, -1))
+    if trigger.field is not None and not np.all(np.isfinite(trigger.field)):
+        raise errors.InputError("trigger field must be finite, got NaN or infinity")
     for name, part, lowest in ranges:
         least, most = float(np.min(part)), float(np.max(part))
         # Written so that NaN fails, too.
@@ -225,13 +242,90 @@ def sinusoid_trigger(
     )
 
 
+def reflection_trigger(
+    image_shape: tuple[int, int, int],
+    *,
+    opacity: float,
+    count: int,
+    ghost_rate: float,
+    key: jax.Array,
+) -> Trigger:
+    """One of several reflections in a window pane laid over each image (Refool).
+
+    ``(1 - opacity) * image + opacity * reflection``; see `nad_jax.attacks.reflections`
+    for what is mirrored. The light is mixed in the stored (gamma) scale.
+
+    Args:
+      image_shape: ``(H, W, C)``.
+      opacity: Share of the reflection, in [0, 1].
+      count: Reflections to choose from.
+      ghost_rate: Share of them that are sharp and double; the others are blurred. 0.49
+        is the usual one.
+      key: Typed key; decides the reflections.
+
+    Raises:
+      InputError: For a share out of range, or no reflections.
+    """
+    height, width, _ = _check_image_shape(image_shape)
+    _check_fraction("opacity", opacity)
+    _check_fraction("ghost_rate", ghost_rate)
+    if count < 1:
+        raise errors.InputError(f"count must be at least 1, got {count}")
+    pattern = reflections.draw(image_shape, count=count, ghost_rate=ghost_rate, key=key)
+    mask = jnp.full((count, height, width, 1), opacity, jnp.float32)
+    return Trigger(jnp.asarray(pattern), mask)
+
+
+def warp_trigger(
+    image_shape: tuple[int, int, int],
+    *,
+    grid_size: int,
+    strength: float,
+    key: jax.Array,
+) -> Trigger:
+    """The whole image bent a little, always in the same way (WaNet).
+
+    Args:
+      image_shape: ``(H, W, C)``.
+      grid_size: Control points of the bend along a side, at least 2; 4 is usual.
+      strength: How far the control points move on average, in pixels.
+      key: Typed key; decides the bend.
+
+    Raises:
+      InputError: For fewer than 2 control points or a strength that is not above 0.
+    """
+    height, width, _ = _check_image_shape(image_shape)
+    if grid_size < 2:
+        raise errors.InputError(f"grid_size must be at least 2, got {grid_size}")
+    if not 0 < strength < min(height, width):
+        raise errors.InputError(
+            f"strength must be above 0 and below {min(height, width)} pixels, "
+            f"got {strength}"
+        )
+    return Trigger(
+        pattern=jnp.zeros(image_shape, jnp.float32),
+        mask=jnp.zeros((height, width, 1), jnp.float32),
+        field=warps.elastic_field(
+            image_shape, grid_size=grid_size, strength=strength, key=key
+        ),
+    )
+
+
 TRIGGERS: dict[str, Callable[..., Trigger]] = {
     "blend": blend_trigger,
     "four_corner": four_corner_trigger,
     "grid": grid_trigger,
+    "reflection": reflection_trigger,
     "sinusoid": sinusoid_trigger,
     "square": square_trigger,
+    "warp": warp_trigger,
 }
+
+
+def _grey_levels(images: jax.Array) -> jax.Array:
+    """Sum of each image's stored values, int32 ``[B]``."""
+    levels = jnp.round(jax.lax.stop_gradient(images).astype(jnp.float32) * 255)
+    return jnp.sum(levels.astype(jnp.int32), axis=(1, 2, 3))
 
 
 def _patches(
@@ -251,9 +345,17 @@ def _patches(
 
 def _check_trigger_shapes(trigger: Trigger, image_shape: tuple[int, ...]) -> None:
     image_shape = tuple(image_shape)
-    expected = {"pattern": image_shape, "mask": (*image_shape[:2], 1)}
+    # A fourth axis of the pattern counts several of them; there are as many masks.
+    pattern_shape = jnp.shape(trigger.pattern)
+    several = pattern_shape[:1] if len(pattern_shape) == 4 else ()
+    expected = {
+        "pattern": (*several, *image_shape),
+        "mask": (*several, *image_shape[:2], 1),
+    }
     if trigger.offset is not None:
         expected["offset"] = image_shape
+    if trigger.field is not None:
+        expected["field"] = (*image_shape[:2], 2)
     for name, shape in expected.items():
         actual = jnp.shape(getattr(trigger, name))
         if actual != shape:

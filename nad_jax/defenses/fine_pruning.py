@@ -13,7 +13,6 @@ References:
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from nad_jax import errors, settings
 from nad_jax.data import batches
 from nad_jax.defenses import base
+from nad_jax.models import head
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import steps
 
@@ -42,18 +42,19 @@ def run(
     Raises:
       InputError: the last layer is not a Dense over one vector per image.
     """
-    head = _find_head(victim, clean_data.images)
-    own = layers_lib.get_in(victim.variables["params"], head)
+    sample = batches.to_float(jnp.asarray(clean_data.images[:1]))
+    path = head.find(victim.model, victim.variables, sample)
+    own = layers_lib.get_in(victim.variables["params"], path)
     kept = choose_channels(
-        _head_inputs(victim, head, clean_data.images),
-        _head_inputs(victim, head, clean_data.validation_images),
+        _head_inputs(victim, path, clean_data.images),
+        _head_inputs(victim, path, clean_data.validation_images),
         clean_data.validation_labels,
         np.asarray(own["kernel"]),
         np.asarray(own.get("bias", np.zeros(own["kernel"].shape[-1]))),
         max_accuracy_drop=pruning.max_accuracy_drop,
     )
     mask = jnp.asarray(kept[:, None], own["kernel"].dtype)
-    project = functools.partial(_cut, head=head, mask=mask)
+    project = functools.partial(_cut, path=path, mask=mask)
     start = {**victim.variables, "params": project(victim.variables["params"])}
     loss_fn = steps.classification_loss(victim.model.apply)
     return base.tune(
@@ -107,51 +108,18 @@ def choose_channels(
     return kept
 
 
-def _find_head(victim: base.Net, images: np.ndarray) -> layers_lib.Path:
-    sample = batches.to_float(jnp.asarray(images[:1]))
-    found = layers_lib.find_layers(
-        victim.model, victim.variables, sample, apply_kwargs={"train": False}
-    )
-    if found[-1].geometry.window:
-        raise errors.InputError(
-            f"fine-pruning cuts inputs of a last Dense layer, but {found[-1].name} is "
-            "a convolution"
-        )
-    return found[-1].path
-
-
 def _head_inputs(
-    victim: base.Net, head: layers_lib.Path, images: np.ndarray
+    victim: base.Net, path: layers_lib.Path, images: np.ndarray
 ) -> np.ndarray:
     """What the last Dense layer sees of each image, `[N, K]`."""
-
-    @jax.jit
-    def forward(variables, images):
-        seen = []
-
-        def record(next_fun, args, kwargs, context):
-            if layers_lib.is_layer_call(context) and context.module.path == head:
-                seen.append(args[0])
-            return next_fun(*args, **kwargs)
-
-        with nn.intercept_methods(record):
-            victim.model.apply(variables, images, train=False)
-        return seen[-1]
-
+    forward = jax.jit(lambda v, x: head.inputs(victim.model, v, x, path))
     outputs = []
     for start in range(0, len(images), _BATCH_SIZE):
         pixels = batches.to_float(jnp.asarray(images[start : start + _BATCH_SIZE]))
         outputs.append(np.asarray(forward(victim.variables, pixels)))
-    if not outputs:
-        return np.zeros((0, 1), np.float32)
-    if outputs[0].ndim != 2:
-        raise errors.InputError(
-            f"fine-pruning needs one vector per image before {'/'.join(head)}, got "
-            f"inputs of shape {list(outputs[0].shape)}"
-        )
-    return np.concatenate(outputs)
+    return np.concatenate(outputs) if outputs else np.zeros((0, 1), np.float32)
 
 
-def _cut(params, *, head: layers_lib.Path, mask: jax.Array):
-    own = layers_lib.get_in(params, head)
-    return layers_lib.set_in(params, head, {**own, "kernel": own["kernel"] * mask})
+def _cut(params, *, path: layers_lib.Path, mask: jax.Array):
+    own = layers_lib.get_in(params, path)
+    return layers_lib.set_in(params, path, {**own, "kernel": own["kernel"] * mask})

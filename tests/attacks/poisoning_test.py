@@ -232,3 +232,31 @@ def test_a_broken_trigger_is_refused_before_it_is_stored():
 def test_docstring_examples_are_true():
     outcome = doctest.testmod(poisoning)
     assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_noise_images_are_bent_in_ways_of_their_own():
+    """Within the jitter of the trigger's field; everything else stays as it is."""
+    trigger = triggers.warp_trigger(
+        (8, 8, 1), grid_size=2, strength=1.0, key=jax.random.key(0)
+    )
+    # A ramp across: the grey level of a pixel says where it was fetched from.
+    ramp = np.broadcast_to(30 * np.arange(8)[None, None, :, None], (5, 8, 8, 1))
+    images = np.array(ramp, np.uint8)
+    rows = np.asarray([1, 3])
+    bent = poisoning.distract(images, rows, trigger, jitter=0.25, key=jax.random.key(1))
+    np.testing.assert_array_equal(bent[[0, 2, 4]], images[[0, 2, 4]])
+    place = np.arange(8)[None, :] + np.asarray(trigger.field)[:, :, 1]
+    gap = bent[rows, :, :, 0] / 30 - np.clip(place, 0, 7)[None]
+    assert 0.15 < np.abs(gap).max() <= 0.25 + 0.5 / 30 + 1e-6
+    assert (bent[1] != bent[3]).any()
+
+
+def test_noise_images_need_a_bend():
+    with pytest.raises(errors.InputError, match="a trigger that bends"):
+        poisoning.distract(
+            np.zeros((2, 8, 8, 1), np.uint8),
+            np.asarray([0]),
+            triggers.grid_trigger((8, 8, 1)),
+            jitter=0.5,
+            key=jax.random.key(0),
+        )

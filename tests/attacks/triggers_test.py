@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies
 
 from nad_jax import errors
-from nad_jax.attacks import triggers
+from nad_jax.attacks import triggers, warps
 
 CIFAR = (32, 32, 3)
 
@@ -18,8 +18,15 @@ OPTIONS = {
     "blend": {"alpha": 0.2, "key": jax.random.key(0)},
     "four_corner": {},
     "grid": {},
+    "reflection": {
+        "opacity": 0.3,
+        "count": 3,
+        "ghost_rate": 0.5,
+        "key": jax.random.key(0),
+    },
     "sinusoid": {"amplitude": 20 / 255, "frequency": 6},
     "square": {"size": 3, "margin": 1},
+    "warp": {"grid_size": 3, "strength": 1.0, "key": jax.random.key(0)},
 }
 
 apply_trigger = jax.jit(triggers.apply_trigger)
@@ -51,8 +58,9 @@ def test_every_trigger_changes_images_and_keeps_them_images(name, shape):
     assert stamped.shape == images.shape and stamped.dtype == jnp.float32
     assert stamped.min() >= 0 and stamped.max() <= 1
     change = np.abs(np.asarray(stamped) - images).max(axis=(1, 2, 3))
-    # A white patch is invisible on the white image.
-    assert change[0] > 0.05 and (change[2:] > 0.05).all()
+    # A white patch is invisible on the white image, and a plain one cannot be bent.
+    assert change[0] > 0.05 or name == "warp"
+    assert (change[2:] > 0.05).all()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +159,27 @@ def test_an_additive_trigger_can_be_removed_where_nothing_was_clipped():
     np.testing.assert_allclose(removed, images, atol=1e-6)
 
 
+def test_a_reflection_is_chosen_by_the_sum_of_grey_levels():
+    options = OPTIONS["reflection"]
+    trigger = triggers.reflection_trigger((4, 5, 1), **options)
+    generator = np.random.default_rng(2)
+    stored = generator.integers(0, 256, (12, 4, 5, 1))
+    images = (stored / 255).astype(np.float32)
+    chosen = stored.sum(axis=(1, 2, 3)) % 3
+    assert set(chosen) == {0, 1, 2}
+    expected = 0.7 * images + 0.3 * np.asarray(trigger.pattern, np.float64)[chosen]
+    np.testing.assert_allclose(apply_trigger(images, trigger), expected, atol=1e-6)
+
+
+def test_a_warp_bends_and_nothing_else():
+    trigger = triggers.warp_trigger(CIFAR, **OPTIONS["warp"])
+    images = random_images()
+    expected = warps.bend(images, trigger.field)
+    np.testing.assert_allclose(apply_trigger(images, trigger), expected, atol=1e-6)
+    plain = np.full((1, *CIFAR), 0.3, np.float32)
+    np.testing.assert_allclose(apply_trigger(plain, trigger), plain, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("name", ["square", "sinusoid"])
 def test_images_keep_their_dtype(name, dtype):
@@ -207,6 +236,10 @@ def test_the_trigger_itself_can_be_optimised():
             {"amplitude": 0.1, "frequency": 6},
             "frequency .* half the width, 6, got 6",
         ),
+        ("warp", CIFAR, {**OPTIONS["warp"], "strength": 0.0}, "pixels, got 0.0"),
+        ("warp", CIFAR, {**OPTIONS["warp"], "grid_size": 1}, "at least 2, got 1"),
+        ("reflection", CIFAR, {**OPTIONS["reflection"], "count": 0}, "got 0"),
+        ("reflection", CIFAR, {**OPTIONS["reflection"], "opacity": 2.0}, "got 2.0"),
         ("grid", (32, 32), {}, r"\(H, W, C\), all positive, got \(32, 32\)"),
         ("grid", (32, 32, 0), {}, r"got \(32, 32, 0\)"),
     ],
@@ -245,6 +278,14 @@ def test_a_picture_from_outside_is_checked_value_by_value(part, value, message):
 def test_images_the_trigger_does_not_fit_are_refused(images, message):
     with pytest.raises(errors.InputError, match=message):
         apply_trigger(images, triggers.grid_trigger(CIFAR))
+
+
+def test_a_field_from_outside_is_finite():
+    trigger = triggers.warp_trigger((4, 4, 3), **OPTIONS["warp"])
+    broken = np.array(trigger.field)
+    broken[0, 0, 0] = np.nan
+    with pytest.raises(errors.InputError, match="field must be finite"):
+        triggers.check_trigger(trigger._replace(field=broken), (4, 4, 3))
 
 
 def test_a_mask_per_channel_is_refused():

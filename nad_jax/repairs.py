@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repairs of one model, by the name of their row.
+
+All get the same clean images, batches and budget; what several need is made once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from nad_jax import settings
+from nad_jax import workdir as workdir_lib
+from nad_jax.defenses import base, fine_pruning, fine_tuning, mode_connectivity, nad
+from nad_jax.training import loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """A model on the table, and what the defender has to repair it.
+
+    Attributes:
+      name: "backdoored" or "clean".
+      seed: Of the run it belongs to.
+      net: The model.
+      data: The defender's images.
+      key: Of all repairs: the same key makes the same batches.
+    """
+
+    name: str
+    seed: int
+    net: base.Net
+    data: base.CleanData
+    key: jax.Array
+
+
+class Stages:
+    """The repairs of one model: each a stage of the workdir, none computed twice."""
+
+    def __init__(
+        self,
+        defense: settings.RepairSettings,
+        workdir: workdir_lib.Workdir,
+        patient: Patient,
+    ):
+        self._defense = defense
+        self._workdir = workdir
+        self._patient = patient
+        self._done: dict[str, tuple[base.Net, float]] = {}
+
+    def repair(self, name: str) -> tuple[base.Net, float]:
+        """The net of a row of `settings.REPAIRS`, and the seconds it took.
+
+        Seconds count everything the row needs, also what it shares with others.
+        """
+        defense = self._defense
+        tuning = settings.TuningSettings(defense.training, patience=defense.patience)
+        if name in ("ft_sam", "nad_sam"):
+            tuning = dataclasses.replace(
+                tuning, sharpness_radius=defense.sharpness_radius
+            )
+        if name in ("fine_tuning", "ft_sam"):
+            return self._stage(name, fine_tuning.run, tuning)
+        if name == "fine_pruning":
+            return self._stage(name, fine_pruning.run, tuning, defense.fine_pruning)
+        if name == "mode_connectivity":
+            tuned, earlier = self.repair("fine_tuning")
+            net, seconds = self._stage(
+                name,
+                mode_connectivity.run,
+                tuning,
+                defense.mode_connectivity,
+                tuned=tuned,
+            )
+        else:
+            teacher, earlier = self.teacher()
+            net, seconds = self._stage(
+                name, nad.run, tuning, defense.nad, teacher=teacher
+            )
+        return net, earlier + seconds
+
+    def teacher(self) -> tuple[base.Net, float]:
+        """The teacher of all rows that distil."""
+        tuning = settings.TuningSettings(
+            self._defense.training, patience=self._defense.patience
+        )
+        epochs = self._defense.nad.teacher_epochs
+        return self._stage("teacher", nad.make_teacher, tuning, epochs=epochs)
+
+    def _stage(
+        self, name: str, run: Callable[..., base.Defended], *arguments, **options
+    ) -> tuple[base.Net, float]:
+        """What `run` makes of the patient, computed or restored, and its seconds."""
+        if name in self._done:
+            return self._done[name]
+        patient, workdir = self._patient, self._workdir
+        full_name = f"seed{patient.seed}-{patient.name}-{name}"
+
+        def compute():
+            progress = workdir.progress(
+                f"{name}, {patient.name} model, seed {patient.seed}",
+                self._defense.training.epochs,
+            )
+            last: dict[str, float] = {}
+
+            def on_epoch(variables, metrics):
+                del variables
+                last.update(metrics)
+                workdir.record("epoch", stage=full_name, **metrics)
+                progress.advance(f"loss {metrics['loss']:.4f}")
+
+            try:
+                defended = run(
+                    patient.net,
+                    patient.data,
+                    *arguments,
+                    **options,
+                    key=patient.key,
+                    on_epoch=on_epoch,
+                    should_stop=workdir.should_stop,
+                )
+            except loop.TrainingInterrupted as interruption:
+                raise workdir_lib.Interrupted(f"{full_name}: {interruption}") from None
+            progress.done(f"loss {last['loss']:.4f}")
+            return defended.variables
+
+        variables = workdir.stage(full_name, patient.net.variables, compute)
+        net = base.Net(patient.net.model, variables)
+        self._done[name] = net, workdir.seconds[full_name]
+        return self._done[name]

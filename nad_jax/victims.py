@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of the repair job: a clean one, and one trained on poisoned data.
+
+fresh -> clean model -> (trigger made to measure, images made hard)
+      -> poisoned data -> victim
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nad_jax import pipeline, settings
+from nad_jax import workdir as workdir_lib
+from nad_jax.attacks import clean_label, poisoning, triggers, trojan
+from nad_jax.data import sources
+from nad_jax.models import common
+from nad_jax.training import steps
+
+
+class Victims(NamedTuple):
+    """Models of one seed.
+
+    Attributes:
+      models: "backdoored" and "clean", variables each; they share their start.
+      trigger: What wakes the backdoored one.
+    """
+
+    models: dict[str, Any]
+    trigger: triggers.Trigger
+
+
+def obtain(
+    config: settings.NadExperimentSettings,
+    train: sources.Dataset,
+    model: Any,
+    workdir: workdir_lib.Workdir,
+    *,
+    seed: int,
+    victim_key: jax.Array,
+    poison_key: jax.Array,
+) -> Victims:
+    """Trains the models of a seed, or takes them from where they are.
+
+    Args:
+      config: Of the run; `victim_workdir` names an earlier one to take them from.
+      train: Clean training images.
+      model: The architecture.
+      workdir: Where stages are kept.
+      seed: Part of the names of stages.
+      victim_key: Start of the models, order of images.
+      poison_key: Which images are poisoned.
+    """
+    fresh = common.init(model, victim_key, train.images.shape[1:])
+    source = workdir
+    if config.victim_workdir is not None:
+        source = pipeline.EarlierRun(config.victim_workdir, workdir)
+
+    def train_on(dataset, name):
+        return pipeline.train(
+            config.victim,
+            dataset,
+            workdir,
+            f"{name}, seed {seed}",
+            fresh,
+            victim_key,
+            steps.classification_loss(model.apply),
+        )
+
+    clean = source.stage(
+        f"seed{seed}-clean", fresh, lambda: train_on(train, "clean model")
+    )
+    attack = config.attack
+    trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
+    poison_key, trigger_key, noise_key = jax.random.split(poison_key, 3)
+    if attack.trojan is not None:
+        trojan_settings, drawn = attack.trojan, trigger
+        pattern = source.stage(
+            f"seed{seed}-trigger",
+            {"pattern": drawn.pattern},
+            lambda: {
+                "pattern": trojan.optimise(
+                    model,
+                    clean,
+                    drawn,
+                    train.images,
+                    trojan_settings,
+                    key=trigger_key,
+                ).pattern
+            },
+        )
+        trigger = drawn._replace(**pattern)
+
+    def train_victim():
+        images, labels = _poisoned(
+            attack, train, model, clean, trigger, poison_key, noise_key
+        )
+        dataset = dataclasses.replace(train, images=images, labels=labels)
+        return train_on(dataset, "victim")
+
+    backdoored = source.stage(f"seed{seed}-backdoored", fresh, train_victim)
+    return Victims({"backdoored": backdoored, "clean": clean}, trigger)
+
+
+def _poisoned(
+    attack: settings.PoisoningSettings,
+    train: sources.Dataset,
+    model: Any,
+    clean_variables: Any,
+    trigger: triggers.Trigger,
+    poison_key: jax.Array,
+    noise_key: jax.Array,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as the attacker hands them out."""
+    rows = poisoning.poison_indices(
+        poison_key,
+        train.labels,
+        poison_rate=attack.poison_rate,
+        mode=attack.label_mode,
+        target_label=attack.target_label,
+    )
+    images = np.array(train.images)
+    if attack.perturbation:
+        images[rows] = clean_label.perturb(
+            lambda x: model.apply(clean_variables, x, train=False)[0],
+            images[rows],
+            train.labels[rows],
+            radius=attack.perturbation,
+            num_steps=attack.perturbation_steps,
+        )
+    if attack.noise_ratio:
+        row_key, field_key = jax.random.split(noise_key)
+        others = np.setdiff1d(np.arange(len(train)), rows)
+        count = min(round(attack.noise_ratio * len(rows)), len(others))
+        order = np.asarray(jax.random.permutation(row_key, len(others)))
+        images = poisoning.distract(
+            images,
+            others[order[:count]],
+            trigger,
+            jitter=attack.noise_jitter,
+            key=field_key,
+        )
+    return poisoning.poison(
+        images,
+        train.labels,
+        rows,
+        trigger,
+        mode=attack.label_mode,
+        target_label=attack.target_label,
+        num_classes=train.num_classes,
+    )
