@@ -7,8 +7,12 @@
     python -m nad_jax.main --config=configs/nad.py:cifar10,blend \
         --config.data.data_dir=DIR
 
+    python -m nad_jax.main --config=configs/nad.py:zoo/digits-blend
+    python -m nad_jax.zoo list                                # what else there is
+
 A variant is one attack of badnets (the default), trojan, blend, clean_label, sig,
-refool and wanet, or "smoke" or "cifar10", or one of each joined by a comma.
+refool and wanet, or "smoke" or "cifar10", or one of each joined by a comma; or a
+finished victim, zoo/NAME, which brings its own data, model and attack.
 
 Every number can be overridden: --config.attack.poison_rate=0.01 --config.seeds='(0,1)'.
 Another trigger takes other options: `config.attack.trigger` in a config of your own.
@@ -25,19 +29,27 @@ from ml_collections import config_dict
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The experiment of the parts of `variant`; see above."""
+    folder, slash, victim = variant.partition("/")
+    if folder == "zoo" and slash:
+        config = get_config("cifar10" if victim.startswith("cifar10") else "")
+        config.zoo = victim
+        return config
     parts = [part for part in variant.split(",") if part]
     scales = [part for part in parts if part in _SCALES]
     attacks = [part for part in parts if part in _ATTACKS]
     if len(scales) + len(attacks) < len(parts) or len(scales) > 1 or len(attacks) > 1:
         raise ValueError(
             f"variant must be one of {', '.join(_SCALES)} and one of "
-            f"{', '.join(_ATTACKS)}, or both joined by a comma, got {variant!r}"
+            f"{', '.join(_ATTACKS)}, or both joined by a comma, or zoo/NAME, "
+            f"got {variant!r}"
         )
     config = ml_collections.ConfigDict()
     config.job = "nad"
     config.title = "Digits: a poisoned model and its repair"
     config.seeds = (0,)
     config.victim_workdir = config_dict.placeholder(str)
+    config.zoo = config_dict.placeholder(str)
+    config.curves = False
 
     config.data = _section(
         # Shipped inside scikit-learn: 1,297 training and 500 test images.
@@ -49,6 +61,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model = _section(name="wrn_10_1", width=1.0)
     config.victim = _training(epochs=14, learning_rate=3e-3)
     config.attack = _section(
+        name="badnets",
         trigger=_section(name="grid"),
         target_label=5,
         label_mode="all_to_one",
@@ -71,6 +84,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         clean_model_rows=("fine_tuning", "nad"),
         clean_fraction=0.2,
         validation_fraction=0.1,
+        teacher=config_dict.placeholder(str),
         training=_training(
             epochs=20,
             batch_size=32,
@@ -95,12 +109,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             accuracy_tolerance=0.01,
         ),
         fine_pruning=_section(max_accuracy_drop=0.04),
-        mode_connectivity=_section(position=0.1, learning_rate=0.01),
+        mode_connectivity=_section(
+            positions=(0.1, 0.3, 0.5, 0.7, 0.9),
+            accuracy_tolerance=0.01,
+            learning_rate=0.01,
+        ),
     )
     for scale in scales:
         _SCALES[scale](config)
     for attack in attacks:
         _ATTACKS[attack](config)
+        config.attack.name = attack
         config.title += f" ({attack})"
     return config
 
@@ -182,8 +201,8 @@ def _refool(config):
 
 
 def _wanet(config):
-    config.attack.trigger = _section(name="warp", grid_size=4, strength=1.0)
-    config.attack.noise_ratio = 1.0
+    config.attack.trigger = _section(name="warp", grid_size=4, strength=1.5)
+    config.attack.noise_ratio = 0.5
 
 
 _SCALES = {"smoke": _make_smoke, "cifar10": _make_cifar10}

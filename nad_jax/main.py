@@ -128,11 +128,13 @@ def _one_line(error: Exception) -> str:
 def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     import dataclasses
 
-    from nad_jax import efrap_experiment, nad_experiment, pipeline, vet_experiment
+    from nad_jax import efrap_experiment, nad_experiment, pipeline, vet_experiment, zoo
     from nad_jax import workdir as workdir_lib
     from nad_jax.training import environment
 
     pipeline.git_commit()
+    if config.job == "nad":
+        config = zoo.resolve(config)
     environment.use_cpu_cores()
     environment.enable_compile_cache()
     stop = _StopFlag()

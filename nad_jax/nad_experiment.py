@@ -9,13 +9,14 @@ measure, here, in this file; no repair is ever given them.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from nad_jax import models, pipeline, repairs, settings, victims
+from nad_jax import models, pipeline, repairs, settings, victims, zoo
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import poisoning, triggers
 from nad_jax.core import metrics
@@ -66,21 +67,29 @@ def run(
     canary = environment.check_canary()
     with workdir.timed("data"):
         scene = _set_scene(config)
+    inmate = None
+    if config.zoo is not None:
+        inmate = zoo.load(config.zoo, zoo.folder())
     rows: list[schema.Row] = []
     figures = None
     for seed in config.seeds:
         # Independent randomness by purpose, whatever else is drawn.
         keys = jax.random.split(jax.random.key(seed), 4)
         victim_key, poison_key, clean_key, repair_key = keys
-        subjects = victims.obtain(
-            config,
-            scene.train,
-            scene.model,
-            workdir,
-            seed=seed,
-            victim_key=victim_key,
-            poison_key=poison_key,
-        )
+        if inmate is None:
+            subjects = victims.obtain(
+                config,
+                scene.train,
+                scene.model,
+                workdir,
+                seed=seed,
+                victim_key=victim_key,
+                poison_key=poison_key,
+            )
+        else:
+            subjects = victims.Victims(
+                {"backdoored": inmate.net.variables}, inmate.trigger
+            )
         evaluate = scene.evaluator(subjects.trigger)
         indices = _clean_indices(config, scene, workdir, seed, clean_key)
         for name, variables in subjects.models.items():
@@ -105,7 +114,8 @@ def run(
         config,
         workdir,
         rows=rows,
-        claims=_claims(rows),
+        claims=_claims(rows, inmate),
+        curves=_curves(rows, workdir) if config.curves else (),
         canary=canary,
         figures=figures,
         notes=[
@@ -114,6 +124,13 @@ def run(
             "Triggers are stamped on stored images, before crop and flip.",
         ],
         command=command,
+        facts={
+            "attack": config.attack.name,
+            "dataset": config.data.name,
+            "clean_fraction": config.defense.clean_fraction,
+            "poison_rate": config.attack.poison_rate,
+            "seed": config.seeds[0] if len(config.seeds) == 1 else config.seeds,
+        },
     )
 
 
@@ -187,7 +204,9 @@ def _repair_and_evaluate(
     nets.append(("float", patient.net.variables))
 
     defense = config.defense
-    stages = repairs.Stages(defense, workdir, patient)
+    stages = repairs.Stages(
+        defense, workdir, patient, evaluate if config.curves else None
+    )
     is_clean = patient.name == "clean"
     wanted = defense.clean_model_rows if is_clean else defense.rows
     for name in wanted:
@@ -196,12 +215,38 @@ def _repair_and_evaluate(
             counts = evaluate(net.variables)
         add(name, counts, seconds)
         nets.append((name, net.variables))
-    if any(name.startswith("nad") for name in wanted):
+    # A given teacher may be of another architecture.
+    if any(name.startswith("nad") for name in wanted) and defense.teacher is None:
         nets.append(("teacher", stages.teacher()[0].variables))
     return nets
 
 
-def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
+def _curves(
+    rows: list[schema.Row], workdir: workdir_lib.Workdir
+) -> list[dict[str, Any]]:
+    """Rates by epoch from the records of this workdir, also of stages restored."""
+    by_stage: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in (workdir.path / "metrics.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "epoch" and "asr" in record:
+            # A stage that was begun again overwrites what it recorded before.
+            by_stage.setdefault(record["stage"], {})[record["epoch"]] = record
+    curves = []
+    for row in rows:
+        if row.name == "float":
+            before = row
+            continue
+        epochs = by_stage.get(f"seed{row.seed}-{row.model}-{row.name}", {})
+        if epochs:
+            own = [before.to_dict(), *(epochs[epoch] for epoch in sorted(epochs))]
+            curve = {rate: [entry[rate] for entry in own] for rate in ("acc", "asr")}
+            curves.append(
+                {"seed": row.seed, "model": row.model, "row": row.name, **curve}
+            )
+    return curves
+
+
+def _claims(rows: list[schema.Row], inmate: zoo.Victim | None) -> list[dict[str, Any]]:
     """The run's promises against its rows, worst seed first."""
 
     def rates(model, name, rate):
@@ -209,6 +254,16 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
         return [getattr(row, rate) for row in found]
 
     claims = []
+    if inmate is not None:
+        promised, measured = inmate.manifest, rows[0].to_dict()
+        claims.append(
+            pipeline.claim(
+                f"The victim is what its manifest says: ACC {promised['acc']:.2%}, "
+                f"ASR {promised['asr']:.2%} (here {measured['acc']:.2%}, "
+                f"{measured['asr']:.2%})",
+                zoo.is_as_promised(promised, measured),
+            )
+        )
     if awake := rates("backdoored", "float", "asr"):
         claims.append(
             pipeline.claim(

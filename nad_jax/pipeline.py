@@ -170,7 +170,7 @@ def draw(
     target_labels: np.ndarray,
     nets: Sequence[tuple[str, Any]],
 ) -> html.Figures:
-    """Pictures: the trigger, samples, and where each net looks.
+    """Pictures: the trigger, samples, and where each net looks without and with it.
 
     Args:
       apply: `model.apply`.
@@ -187,15 +187,18 @@ def draw(
     if trigger.field is not None:
         blank = _checkers(blank)  # a bend shows on lines only
     forward = jax.jit(functools.partial(apply, train=False))
+    pair = jnp.concatenate([batches.to_float(jnp.asarray(clean[:1])), stamped[:1]])
     attention_maps = []
     for name, variables in nets:
-        _, features = forward(variables, stamped[:1])
-        maps = {}
-        for stage, values in features.items():
-            if values.shape[1] * values.shape[2] > 1:
-                one = np.asarray(attention.attention_map(values))[0]
-                maps[stage] = one / max(float(one.max()), 1e-12)
-        attention_maps.append((name, triggered[0], maps))
+        _, features = forward(variables, pair)
+        maps = {
+            stage: np.asarray(attention.attention_map(values))
+            for stage, values in features.items()
+            if values.shape[1] * values.shape[2] > 1
+        }
+        for i, image in enumerate((clean[0], triggered[0])):
+            shown = {s: m[i] / max(float(m[i].max()), 1e-12) for s, m in maps.items()}
+            attention_maps.append((tables.row_label(name), image, shown))
     return html.Figures(
         trigger=_to_uint8(triggers.apply_trigger(blank, trigger))[0],
         clean_samples=clean,
@@ -224,7 +227,9 @@ def write_report(
     figures: html.Figures | None,
     layers: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
+    curves: Sequence[Mapping[str, Any]] = (),
     command: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes report.html and report.json, says the headline, returns the report.
 
@@ -237,24 +242,29 @@ def write_report(
       figures: Pictures, if any.
       layers: Measurements by layer.
       notes: Sentences for the foot of the page, before those about the machine.
+      curves: Rates by epoch.
       command: The command line.
+      facts: What the run is found by: keys of the report beside those it always has.
     """
-    facts = environment.describe()
+    surroundings = environment.describe()
     report = schema.build_report(
         title=config.title,
         command=command,
         config=dataclasses.asdict(config),
         rows=rows,
         git_commit=git_commit(),
-        versions={k: v for k, v in facts["versions"].items() if v is not None},
-        devices=facts["devices"],
+        versions={k: v for k, v in surroundings["versions"].items() if v is not None},
+        devices=surroundings["devices"],
+        facts=facts,
         seconds=workdir.seconds,
         layers=layers,
         claims=claims,
+        curves=curves,
         notes=[
             *notes,
-            f"Python {facts['python']} on {facts['machine']}, "
-            f"{facts['cpu_count']} CPU cores, XLA_FLAGS={facts['xla_flags']!r}.",
+            f"Python {surroundings['python']} on {surroundings['machine']}, "
+            f"{surroundings['cpu_count']} CPU cores, "
+            f"XLA_FLAGS={surroundings['xla_flags']!r}.",
             f"Canary for wrong numbers under jit: passed={canary['passed']}.",
         ],
     )

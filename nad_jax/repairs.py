@@ -6,10 +6,11 @@ All get the same clean images, batches and budget; what several need is made onc
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
-from nad_jax import settings
+from nad_jax import settings, zoo
 from nad_jax import workdir as workdir_lib
 from nad_jax.defenses import base, fine_pruning, fine_tuning, mode_connectivity, nad
 from nad_jax.training import loop
@@ -42,7 +43,10 @@ class Stages:
         defense: settings.RepairSettings,
         workdir: workdir_lib.Workdir,
         patient: Patient,
+        evaluate: Callable[[Any], dict[str, Any]] | None = None,
     ):
+        """`evaluate`: rates of variables, to be recorded after each epoch."""
+        self._evaluate = evaluate
         self._defense = defense
         self._workdir = workdir
         self._patient = patient
@@ -80,7 +84,9 @@ class Stages:
         return net, earlier + seconds
 
     def teacher(self) -> tuple[base.Net, float]:
-        """The teacher of all rows that distil."""
+        """The teacher of all rows that distil; a given one took no time."""
+        if self._defense.teacher is not None:
+            return zoo.read_net(self._defense.teacher), 0.0
         tuning = settings.TuningSettings(
             self._defense.training, patience=self._defense.patience
         )
@@ -104,8 +110,11 @@ class Stages:
             last: dict[str, float] = {}
 
             def on_epoch(variables, metrics):
-                del variables
                 last.update(metrics)
+                # Of the curve of connectivity only a point is ever used.
+                if self._evaluate is not None and name != "mode_connectivity":
+                    rates = self._evaluate(variables)
+                    metrics = {**metrics, "acc": rates["acc"], "asr": rates["asr"]}
                 workdir.record("epoch", stage=full_name, **metrics)
                 progress.advance(f"loss {metrics['loss']:.4f}")
 

@@ -274,6 +274,7 @@ class PoisoningSettings:
 
     Attributes:
       trigger: What the attacker stamps on images.
+      name: What the attack is called in reports.
       target_label: Class the attacker wants.
       label_mode: "all_to_one", "all_to_all" or "clean_label".
       poison_rate: Poisoned share of the whole training set.
@@ -288,6 +289,7 @@ class PoisoningSettings:
     """
 
     trigger: TriggerSettings
+    name: str = "poisoning"
     target_label: int = 0
     label_mode: str = "all_to_one"
     poison_rate: float = 0.1
@@ -381,15 +383,21 @@ class ModeConnectivitySettings:
     """The curve of `nad_jax.defenses.mode_connectivity`.
 
     Attributes:
-      position: Of the repaired net, 0 = victim, 1 = fine-tuned copy.
+      positions: To choose the repaired net from, 0 = victim, 1 = fine-tuned copy;
+        held-out accuracy decides. One position needs no decision.
+      accuracy_tolerance: What held-out accuracy may lose for a position further from
+        the victim.
       learning_rate: Peak rate for the curve; its schedule is that of the tuning.
     """
 
-    position: float = 0.1
+    positions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    accuracy_tolerance: float = 0.01
     learning_rate: float = 0.01
 
     def __post_init__(self):
-        _check(self, "position", 0 <= self.position <= 1, "in [0, 1]")
+        good = bool(self.positions) and all(0 <= p <= 1 for p in self.positions)
+        _check(self, "positions", good, "one or more numbers in [0, 1]")
+        _check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
         _check(self, "learning_rate", self.learning_rate > 0, "> 0")
 
 
@@ -404,6 +412,8 @@ class RepairSettings:
       clean_model_rows: The same for the clean model, where nothing needs repair.
       clean_fraction: Share of the training set that the defender has, clean.
       validation_fraction: Share of those that is held out for decisions.
+      teacher: File of a model to distil from, a state dict of PyTorch or a file of the
+        zoo; None = the victim, fine-tuned.
       patience: See `TuningSettings`.
       sharpness_radius: SAM's, for the rows that use it.
       fine_pruning: Its settings.
@@ -416,6 +426,7 @@ class RepairSettings:
     clean_model_rows: tuple[str, ...] = ("fine_tuning", "nad")
     clean_fraction: float = 0.05
     validation_fraction: float = 0.1
+    teacher: str | None = None
     patience: int | None = None
     sharpness_radius: float = 0.1
     fine_pruning: FinePruningSettings = dataclasses.field(
@@ -483,6 +494,9 @@ class NadExperimentSettings:
       seeds: The whole pipeline is repeated for each.
       victim_workdir: Workdir of an earlier run whose models are used instead of
         training new ones; None = train.
+      zoo: Name of a victim of the zoo that is used instead (`nad_jax.zoo`).
+      curves: Measure every repair after every epoch with test images, for display; the
+        seconds of the rows then hold that, too.
       job: "nad".
     """
 
@@ -494,6 +508,8 @@ class NadExperimentSettings:
     defense: RepairSettings
     seeds: tuple[int, ...] = (0,)
     victim_workdir: str | None = None
+    zoo: str | None = None
+    curves: bool = False
     job: str = "nad"
 
     def __post_init__(self):

@@ -85,6 +85,7 @@ def test_every_attack_draws_its_trigger_on_every_scale(attack):
 def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
     """All rows of both models, the index file, and stages that are not repeated."""
     command = ["main", f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'run'}"]
+    command.append("--config.curves=True")
     assert main.main(command) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
     schema.validate(report)
@@ -97,6 +98,14 @@ def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
         drop = max(0, before["asr"] - row["asr"]) - max(0, before["acc"] - row["acc"])
         assert row["extra"]["der"] == pytest.approx((drop + 1) / 2)
         assert (row["acc_count"], row["asr_count"]) == (500, 450)
+    facts = ("attack", "dataset", "clean_fraction", "poison_rate", "seed")
+    assert [report[key] for key in facts] == ["badnets", "digits", 0.2, 0.1, 0]
+    curves = {(curve["model"], curve["row"]): curve for curve in report["curves"]}
+    assert ("backdoored", "mode_connectivity") not in curves
+    for place in (("backdoored", "nad"), ("clean", "fine_tuning")):
+        for rate in ("acc", "asr"):
+            assert len(curves[place][rate]) == 1 + 2
+            assert curves[place][rate][-1] == rows[place][rate]
     record = json.loads((tmp_path / "run" / "clean_indices-seed0.json").read_text())
     assert len(record["train"]) + len(record["validation"]) == round(0.2 * 1297)
     assert not set(record["train"]) & set(record["validation"])

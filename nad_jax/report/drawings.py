@@ -111,6 +111,41 @@ def _short(text: str) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
+# ----------------------------------------------------------------------------- lines
+
+_LINES_HEIGHT = 120
+
+
+def line_chart(
+    series: Sequence[tuple[str, Sequence[float]]], *, title: str
+) -> markup.Markup:
+    """Shares in [0, 1] from left to right, one line per series.
+
+    Args:
+      series: Class of the colour ("acc", "asr") and the values, at equal distances.
+      title: What is shown, for who cannot see it.
+    """
+    shapes: list[markup.Markup] = []
+    for tick in (0, 50, 100):
+        y = _line_height(tick / 100)
+        shapes.append(markup.el("line", x1=0, x2="100%", y1=y, y2=y, class_="grid"))
+        shapes.append(markup.el("text", str(tick), x=0, y=y - 3, class_="tick"))
+    for css, values in series:
+        last = max(1, len(values) - 1)
+        points = [(_across(i / last), _line_height(v)) for i, v in enumerate(values)]
+        # Single pieces: the points of a polyline cannot be per cent.
+        for (x1, y1), (x2, y2) in zip(points[:-1], points[1:], strict=True):
+            shapes.append(
+                markup.el("line", x1=x1, x2=x2, y1=y1, y2=y2, class_=f"curve {css}")
+            )
+    return _svg(shapes, height=_LINES_HEIGHT, label=title)
+
+
+def _line_height(share: float) -> float:
+    top, bottom = 14.0, _LINES_HEIGHT - 4.0
+    return round(bottom + (top - bottom) * share, 2)
+
+
 # ------------------------------------------------------------------------------ axis
 
 

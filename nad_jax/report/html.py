@@ -9,6 +9,7 @@ from 320 px up; every drawing has its numbers as text somewhere on the page.
 Here is which sections there are and in which order. What they hold is made in
 - `masthead`: the top of the page down to the claims,
 - `results`: the table and the bars,
+- `curves`: accuracy and attack success by epoch,
 - `pictures`: trigger, samples and attention maps,
 - `layers`: dots and numbers by layer,
 - `appendix`: time, meaning of the numbers, how to repeat the run;
@@ -24,6 +25,7 @@ import numpy as np
 from nad_jax.errors import InputError
 from nad_jax.report import (
     appendix,
+    curves,
     layers,
     markup,
     masthead,
@@ -45,8 +47,10 @@ class Figures:
       triggered_samples: The same images with the trigger, uint8 `[N, H, W, C]`.
       sample_captions: One line under each pair (say, what each network makes of it);
         empty, or `N` of them.
-      attention: One entry per network: its name, the image it saw, uint8
-        `[H, W, C]`, and its attention maps by stage, float `[h, w]` in [0, 1].
+      attention: One entry per network and image: the network's name, the image it
+        saw, uint8 `[H, W, C]`, and its attention maps by stage, float `[h, w]` in
+        [0, 1]. For each name one triggered image, or a clean one and then the same with
+        the trigger.
 
     Raises:
       InputError: For another dtype or shape, or a map with values outside [0, 1].
@@ -128,6 +132,7 @@ def render(report: Mapping[str, Any], figures: Figures | None = None) -> str:
     sections = [
         markup.section("Results", results.table(groups, decimals)),
         markup.section("Accuracy and attack success", results.bars(groups, decimals)),
+        markup.section("Epoch by epoch", curves.content(report.get("curves", []))),
         markup.section("The trigger", samples),
         markup.section(
             "Where the networks look", pictures.attention(figures.attention)

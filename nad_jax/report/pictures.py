@@ -6,13 +6,16 @@ Each picture is a PNG inside the page. Small ones are enlarged with visible pixe
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from nad_jax.report import drawings, markup
 
 _MAX_SAMPLES = 12
+_SIDE = 96  # pixels of an attention map on the page
 
 
 def samples(
@@ -65,7 +68,11 @@ def samples(
 def attention(
     entries: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]],
 ) -> list[markup.Child]:
-    """A table of attention maps: a line for each network, a column for each stage."""
+    """A table of attention maps: a line for each network, a column for each stage.
+
+    Two entries of one name that follow each other are one line: first a clean image,
+    then the same with the trigger.
+    """
     if not entries:
         return []
     stages = list(dict.fromkeys(s for _, _, maps in entries for s in maps))
@@ -82,24 +89,16 @@ def attention(
         size = markup.el("span", ", ".join(sorted(sizes)), class_="about")
         heads.append(markup.el("th", stage, size, scope="col"))
     lines = []
-    for caption, image, maps in entries:
+    for caption, group in itertools.groupby(entries, key=lambda entry: entry[0]):
+        members = list(group)
+        named = zip(_views(members), members, strict=True)
+        views = [(view, image, maps) for view, (_, image, maps) in named]
         cells = [
             markup.el("th", caption, scope="row"),
-            markup.el("td", _picture(image, size=96, alt="The triggered input")),
+            _cell([_picture(i, size=_SIDE, alt=f"The {n} input") for n, i, _ in views]),
         ]
         for stage in stages:
-            if stage not in maps:
-                cells.append(markup.el("td", "–"))
-                continue
-            values = np.clip(np.asarray(maps[stage], dtype=np.float64), 0.0, 1.0)
-            row, column = np.unravel_index(np.argmax(values), values.shape)
-            alt = (
-                f"Attention of {caption} at {stage}, {values.shape[0]} by "
-                f"{values.shape[1]}, strongest at row {row + 1}, column {column + 1}"
-            )
-            cells.append(
-                markup.el("td", _picture(drawings.coloured(values), size=96, alt=alt))
-            )
+            cells.append(_cell([_map(caption, stage, n, maps) for n, _, maps in views]))
         lines.append(markup.el("tr", cells))
     table = markup.el(
         "table",
@@ -107,16 +106,44 @@ def attention(
         markup.el("tbody", lines),
         class_="maps",
     )
+    paired = any(
+        len(list(g)) > 1 for _, g in itertools.groupby(entries, lambda e: e[0])
+    )
+    seen = "a clean image and of the same image with the trigger, side by side"
     note = (
-        "Attention maps of one triggered image: how strong the features of a stage are "
-        "at each place, scaled to [0, 1]. A network whose backdoor is awake tends to "
-        "look at the trigger, one whose backdoor sleeps at the object."
+        f"Attention maps of {seen if paired else 'one triggered image'}: how strong "
+        "the features of a stage are at each place, scaled to [0, 1]. A network whose "
+        "backdoor is awake tends to look at the trigger, one whose backdoor sleeps at "
+        "the object."
     )
     return [
         markup.scroll(table, "Attention maps"),
         markup.el("div", "0 ", drawings.colour_bar(), " 1", class_="legend colours"),
         markup.el("p", note, class_="note"),
     ]
+
+
+def _views(entries: Sequence[Any]) -> list[str]:
+    """What the inputs of one network are; a single one is triggered."""
+    return ["triggered"] if len(entries) == 1 else ["clean", "triggered"]
+
+
+def _cell(parts: Sequence[markup.Child]) -> markup.Markup:
+    return markup.el("td", [child for part in parts for child in (part, " ")][:-1])
+
+
+def _map(
+    caption: str, stage: str, view: str, maps: Mapping[str, np.ndarray]
+) -> markup.Child:
+    if stage not in maps:
+        return "–"
+    values = np.clip(np.asarray(maps[stage], dtype=np.float64), 0.0, 1.0)
+    row, column = np.unravel_index(np.argmax(values), values.shape)
+    alt = (
+        f"Attention of {caption} at {stage}, {view} input, {values.shape[0]} by "
+        f"{values.shape[1]}, strongest at row {row + 1}, column {column + 1}"
+    )
+    return _picture(drawings.coloured(values), size=_SIDE, alt=alt)
 
 
 def _picture(image: np.ndarray, *, size: int, alt: str) -> markup.Markup:

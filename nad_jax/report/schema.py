@@ -12,10 +12,12 @@ nothing is NaN. Conventions shared by all files of the package:
   float network).
 
 Keys of a report: `schema`, `config`, `git_commit`, `versions`, `devices`, `seconds`
-and `rows` always; `title`, `command`, `layers`, `claims` and `notes` when there is
-something to say. Entries of `layers` hold `seed`, `row` (the name of the row they
-belong to), `layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and
-`seconds`, and optionally `model`, `weight_bits` and `act_bits`.
+and `rows` always; `title`, `command`, `layers`, `claims`, `notes` and `curves` when
+there is something to say; and the facts a run is found by, such as `attack` and
+`dataset`. Entries of `layers` hold `seed`, `row` (the name of the row they belong to),
+`layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and `seconds`, and
+optionally `model`, `weight_bits` and `act_bits`. Entries of `curves` hold `seed`,
+`model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
 """
 
 import contextlib
@@ -177,7 +179,9 @@ def build_report(
     layers: Iterable[Mapping[str, Any]] = (),
     claims: Iterable[Mapping[str, Any]] = (),
     notes: Iterable[str] = (),
+    curves: Iterable[Mapping[str, Any]] = (),
     command: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Report dictionary, checked and made of plain JSON types.
 
@@ -192,7 +196,9 @@ def build_report(
       layers: Per-layer measurements; see the module docstring.
       claims: `{"text": ..., "passed": bool}` for each thing the run was to show.
       notes: Sentences for the foot of the page.
+      curves: Rates by epoch; see the module docstring.
       command: The command that repeats the run; None if there is none.
+      facts: Keys of their own beside those above, such as "attack".
 
     Returns:
       A dictionary that `validate` accepts.
@@ -213,8 +219,9 @@ def build_report(
         "layers": list(layers),
         "claims": list(claims),
         "notes": list(notes),
+        "curves": list(curves),
     }
-    report = plain(report, "report")
+    report = plain({**(facts or {}), **report}, "report")
     validate(report)
     return report
 
@@ -260,7 +267,7 @@ def validate(report: Any) -> None:
         _check_row(row, f"rows[{i}]")
     _no_twice(report["rows"], _row_key, "rows")
 
-    for key in ("layers", "claims", "notes"):
+    for key in ("layers", "claims", "notes", "curves"):
         _is_list(report.get(key, []), key)
     for i, layer in enumerate(report.get("layers", [])):
         _check_layer(layer, f"layers[{i}]")
@@ -274,6 +281,8 @@ def validate(report: Any) -> None:
         )
     for i, note in enumerate(report.get("notes", [])):
         _is_text(note, f"notes[{i}]")
+    for i, curve in enumerate(report.get("curves", [])):
+        _check_curve(curve, f"curves[{i}]")
 
 
 def _check_row(row: Any, where: str) -> None:
@@ -327,6 +336,23 @@ def _check_layer(layer: Any, where: str) -> None:
     _is_model(layer.get("model", "backdoored"), f"{where}.model")
     for key in ("weight_bits", "act_bits"):
         _is_bits(layer.get(key), f"{where}.{key}")
+
+
+def _check_curve(curve: Any, where: str) -> None:
+    _is_mapping(curve, where)
+    for key in ("seed", "model", "row", "acc", "asr"):
+        _need(key in curve, f"{where} lacks {key!r}")
+    _is_integer(curve["seed"], f"{where}.seed")
+    _is_model(curve["model"], f"{where}.model")
+    _is_text(curve["row"], f"{where}.row")
+    for key in ("acc", "asr"):
+        _is_list(curve[key], f"{where}.{key}")
+        for i, share in enumerate(curve[key]):
+            _is_fraction(share, f"{where}.{key}[{i}]", optional=key == "asr")
+    _need(
+        len(curve["acc"]) == len(curve["asr"]) > 0,
+        f"{where} has {len(curve['acc'])} values of acc and {len(curve['asr'])} of asr",
+    )
 
 
 def _need(condition: bool, message: str) -> None:

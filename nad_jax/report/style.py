@@ -106,6 +106,9 @@ svg .heading, svg .tick { fill: var(--soft); }
 svg .tick { font-size: .75rem; }
 .track { fill: var(--track); }
 .bar.acc { fill: var(--acc); }
+.curve { stroke-width: 2; stroke-linecap: round; }
+.curve.acc { stroke: var(--acc); }
+.curve.asr { stroke: var(--asr); }
 .bar.asr { fill: var(--asr); }
 .bar.time { fill: var(--time); }
 .seed { fill: var(--paper); stroke: var(--ink); stroke-width: 1.2; }

@@ -84,6 +84,8 @@ _KINDS = {
         "the integers of the written file, run by ONNX Runtime",
     ),
 }
+# Networks that are shown but never counted, and so have no row.
+_OTHERS = {"teacher": "Teacher"}
 _DEFENCES = ("efrap", "nad")
 
 
@@ -92,7 +94,7 @@ _DEFENCES = ("efrap", "nad")
 
 def row_label(name: str) -> str:
     """Name of a row as a reader sees it; names without a label stand as they are."""
-    return _KINDS[name][0] if name in _KINDS else name
+    return _KINDS[name][0] if name in _KINDS else _OTHERS.get(name, name)
 
 
 def row_description(row: schema.Row) -> str:

@@ -22,12 +22,16 @@ def plain(tuning):
     return dataclasses.replace(tuning, training=training)
 
 
-def _run(victim, clean_data, tuning, other_variables, position):
+def _run(victim, clean_data, tuning, other_variables, position, tolerance=0.0):
     return mode_connectivity.run(
         victim,
         clean_data,
         tuning,
-        settings.ModeConnectivitySettings(position, learning_rate=0.1),
+        settings.ModeConnectivitySettings(
+            (position,) if isinstance(position, float) else position,
+            learning_rate=0.1,
+            accuracy_tolerance=tolerance,
+        ),
         key=KEY,
         tuned=base.Net(victim.model, other_variables),
     ).variables
@@ -68,3 +72,23 @@ def test_statistics_belong_to_the_point(victim, clean_data, plain, other_variabl
     stats = result["batch_stats"]["norm"]
     np.testing.assert_allclose(stats["mean"], inputs.mean((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(stats["var"], inputs.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_held_out_accuracy_decides_how_far_to_go(
+    victim, clean_data, plain, other_variables, assert_same
+):
+    """The furthest point that is good enough, whatever the order they come in."""
+    positions = (1.0, 0.0, 0.5)
+
+    def params(*arguments):
+        return _run(victim, clean_data, plain, other_variables, *arguments)["params"]
+
+    accuracy = base.validation_accuracy(victim, clean_data)
+    points = {
+        position: _run(victim, clean_data, plain, other_variables, position)
+        for position in positions
+    }
+    best = max(positions, key=lambda position: accuracy(points[position]))
+    assert len({accuracy(point) for point in points.values()}) == 3
+    assert_same(params(positions), points[best]["params"])
+    assert_same(params(positions, 1.0), points[1.0]["params"])

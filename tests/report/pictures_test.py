@@ -39,3 +39,16 @@ def test_the_strongest_place_of_a_map_is_named():
         for a in sample.Reader(page.render(sample.make_report(), figures)).all("img")
     ]
     assert any("strongest at row 3, column 2" in alt for alt in alts)
+
+
+def test_clean_and_triggered_image_of_a_network_share_a_line():
+    image = np.zeros((8, 8, 3), np.uint8)
+    maps = {"stage1": np.eye(4)}
+    pair = (("NAD", image, maps), ("NAD", image + 9, maps), ("Float", image, maps))
+    text = page.render(sample.make_report(), page.Figures(attention=pair))
+    table = text[text.index('class="maps"') :]
+    rows = table[: table.index("</table>")].split("<tr")[2:]
+    assert [row.count("<img") for row in rows] == [4, 2]
+    assert rows[0].index("The clean input") < rows[0].index("The triggered input")
+    assert "at stage1, clean input" in rows[0] and "stage1, triggered" in rows[0]
+    assert "The triggered input" in rows[1]

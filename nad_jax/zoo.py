@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Victims as files, with what was measured of them: a zoo to try defences on.
+
+    python -m nad_jax.zoo list
+    python -m nad_jax.zoo verify [NAME ...] [--measure] [--data_dir=DIR]
+    python -m nad_jax.zoo add WORKDIR --name=digits-blend [--seed=0] [--zoo=DIR]
+    python -m nad_jax.main --config=configs/nad.py:zoo/digits-blend
+
+A victim is two files: `NAME.safetensors`, its weights and its trigger as arrays, and
+`NAME.json`, the manifest: recipe, seed, hash, ACC and ASR. The weights are written as
+an artefact without codes (`nad_jax.interop.artifact`) and never unpickled.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nad_jax import errors, models, pipeline, settings, victims
+from nad_jax import workdir as workdir_lib
+from nad_jax.attacks import poisoning, triggers
+from nad_jax.data import sources
+from nad_jax.defenses import base
+from nad_jax.interop import artifact, name_maps, reader
+from nad_jax.models import common
+from nad_jax.report import schema
+from nad_jax.training import evaluation
+
+FORMAT = "nad_jax.zoo/1"
+# Another machine may round a few images to another class.
+MEASURE_TOLERANCE = 0.005
+
+_PACKAGE = pathlib.Path(__file__).parent
+# In a checkout zoo/ stands beside the package, in an installation inside it.
+_FOLDERS = (_PACKAGE / "zoo_data", _PACKAGE.parent / "zoo")
+_RECIPE = ("data", "model", "victim", "attack")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Victim:
+    """A victim of the zoo.
+
+    Attributes:
+      net: Model and variables.
+      trigger: What wakes it.
+      manifest: What is known of it.
+    """
+
+    net: base.Net
+    trigger: triggers.Trigger
+    manifest: Mapping[str, Any]
+
+
+def folder() -> pathlib.Path:
+    """Where the zoo is.
+
+    Raises:
+      InputError: nowhere.
+    """
+    for path in _FOLDERS:
+        if path.is_dir():
+            return path
+    raise errors.InputError(
+        "the zoo is not here: it is the folder zoo/ of the source repository, and "
+        "wheels built from it hold it; use a checkout or such a wheel"
+    )
+
+
+def names(zoo: pathlib.Path) -> list[str]:
+    """Names of the victims in a folder."""
+    return sorted(path.stem for path in zoo.glob("*.json"))
+
+
+def read_manifest(name: str, zoo: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a victim.
+
+    Raises:
+      InputError: there is none of that name, or it cannot be read.
+    """
+    if not _NAME.fullmatch(name) or not (zoo / f"{name}.json").is_file():
+        known = ", ".join(names(zoo)) or "nobody"
+        raise errors.InputError(f"no victim {name!r} in the zoo; there are {known}")
+    try:
+        manifest = json.loads((zoo / f"{name}.json").read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format is {manifest['format']!r}, not {FORMAT!r}")
+        for key in ("sha256", "acc", "asr", "seed", "recipe", "num_classes"):
+            manifest[key]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise errors.InputError(
+            f"manifest of {name!r} is damaged: {type(problem).__name__} {problem}"
+        ) from None
+    return manifest
+
+
+def load(name: str, zoo: pathlib.Path) -> Victim:
+    """The victim, once its file is known to be the one the manifest speaks of.
+
+    Raises:
+      InputError: an unknown name, a damaged manifest, or another hash.
+    """
+    manifest = read_manifest(name, zoo)
+    path = zoo / f"{name}.safetensors"
+    if not path.is_file():
+        raise errors.InputError(f"{path} is missing; the zoo holds its manifest only")
+    actual = artifact.sha256(path)
+    if actual != manifest["sha256"]:
+        raise errors.InputError(
+            f"{path} has the SHA-256 {actual[:16]}..., its manifest says "
+            f"{str(manifest['sha256'])[:16]}...; it is damaged or was exchanged"
+        )
+    net, parts = _read(path)
+    return Victim(net, triggers.Trigger(**parts), manifest)
+
+
+def read_net(path: str) -> base.Net:
+    """A model from a file: one of the zoo, or a state dict of PyTorch.
+
+    Raises:
+      InputError: the file cannot be read, or is of no known architecture.
+    """
+    if "card" in reader.read_checkpoint(path).metadata:
+        return _read(path)[0]
+    converted = name_maps.convert(reader.read_checkpoint(path).arrays, source=path)
+    return base.Net(converted.model, converted.variables)
+
+
+def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSettings:
+    """The config of a run on a victim of the zoo, with the victim's own recipe."""
+    if config.zoo is None:
+        return config
+    manifest = read_manifest(config.zoo, folder())
+    recipe = _parse(manifest["recipe"])
+    return dataclasses.replace(
+        config,
+        title=f"{config.zoo} from the zoo, and its repair",
+        data=dataclasses.replace(recipe["data"], data_dir=config.data.data_dir),
+        model=recipe["model"],
+        victim=recipe["victim"],
+        attack=recipe["attack"],
+        # There is no clean model in the zoo.
+        defense=dataclasses.replace(config.defense, clean_model_rows=()),
+    )
+
+
+def add(
+    workdir: pathlib.Path, name: str, *, seed: int, zoo: pathlib.Path
+) -> dict[str, Any]:
+    """Puts the victim of a finished run into a zoo; returns its manifest.
+
+    Raises:
+      InputError: a name that is no file name, or a workdir that is not that of a
+        finished run of `configs/nad.py` with that seed.
+    """
+    if not _NAME.fullmatch(name):
+        raise errors.InputError(
+            f"a name is letters, digits, '_', '.' and '-', got {name!r}"
+        )
+    report = schema.read_report(workdir / "report.json")
+    rows = [
+        row
+        for row in report["rows"]
+        if (row["model"], row["name"], row["seed"]) == ("backdoored", "float", seed)
+    ]
+    if not rows or report["config"].get("job") != "nad":
+        raise errors.InputError(
+            f"{workdir} holds no victim of configs/nad.py with seed {seed}"
+        )
+    recipe = {key: report["config"][key] for key in _RECIPE}
+    parsed = _parse(recipe)
+    config = settings.NadExperimentSettings(
+        title="",
+        **parsed,
+        defense=settings.RepairSettings(
+            parsed["victim"], settings.NadSettings({"stage1": 0.0})
+        ),
+        victim_workdir=str(workdir),
+    )
+    train, _ = pipeline.load_data(config.data)
+    model = models.build(
+        config.model.name, num_classes=train.num_classes, width=config.model.width
+    )
+    key = jax.random.key(seed)
+    with (
+        tempfile.TemporaryDirectory() as path,
+        contextlib.closing(workdir_lib.Workdir(path, {})) as scratch,
+    ):
+        subjects = victims.obtain(
+            config, train, model, scratch, seed=seed, victim_key=key, poison_key=key
+        )
+    recipe["data"] = {**recipe["data"], "data_dir": None}
+    card = {
+        "format": FORMAT,
+        "name": name,
+        "seed": seed,
+        "num_classes": train.num_classes,
+        "recipe": recipe,
+        "git_commit": report["git_commit"],
+        "versions": report["versions"],
+        **{k: rows[0][k] for k in ("acc", "asr", "acc_count", "asr_count")},
+    }
+    shown = {k: v for k, v in subjects.trigger._asdict().items() if v is not None}
+    tree = {**subjects.models["backdoored"], "trigger": shown}
+    zoo.mkdir(parents=True, exist_ok=True)
+    path = zoo / f"{name}.safetensors"
+    artifact.write_artifact(
+        path, artifact.Artifact(tree, {}, {}, {}, {}, None, {"zoo": card})
+    )
+    manifest = {
+        **card,
+        "sha256": artifact.sha256(path),
+        "bytes": path.stat().st_size,
+    }
+    schema.write_json(zoo / f"{name}.json", manifest)
+    return manifest
+
+
+def measure(victim: Victim, data_dir: str | None = None) -> dict[str, Any]:
+    """ACC and ASR of a victim over the test images of its data set."""
+    recipe = _parse(victim.manifest["recipe"])
+    data = recipe["data"]
+    test = sources.load(
+        data.name, split="test", data_dir=data_dir, image_size=data.image_size
+    )
+    attack = recipe["attack"]
+    targets = poisoning.target_labels(
+        test.labels,
+        mode=attack.label_mode,
+        target_label=attack.target_label,
+        num_classes=test.num_classes,
+    )
+    return evaluation.evaluate(
+        victim.net.logits,
+        victim.net.variables,
+        test.images,
+        test.labels,
+        trigger=victim.trigger,
+        target_labels=targets,
+    )
+
+
+def is_as_promised(manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
+    """Whether measured ACC and ASR are those of the manifest, but for a few images."""
+    return all(
+        abs(manifest[rate] - measured[rate]) <= MEASURE_TOLERANCE
+        for rate in ("acc", "asr")
+    )
+
+
+def _read(path: Any) -> tuple[base.Net, dict[str, Any]]:
+    """Net and parts of the trigger in a file of the zoo."""
+    stored = artifact.read_artifact(path)
+    try:
+        card = stored.card["zoo"]
+        chosen = _parse(card["recipe"])["model"]
+        num_classes = int(card["num_classes"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise errors.InputError(
+            f"{path} is no file of the zoo: {type(problem).__name__} {problem}"
+        ) from None
+    model = models.build(chosen.name, num_classes=num_classes, width=chosen.width)
+    tree = dict(stored.variables)
+    parts = tree.pop("trigger", {})
+    height, width, channels = jnp.shape(parts.get("pattern", jnp.zeros((32, 32, 3))))[
+        -3:
+    ]
+    expected = common.init(model, jax.random.key(0), (height, width, channels))
+    if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected):
+        raise errors.InputError(f"{path} does not hold the arrays of a {chosen.name}")
+    return base.Net(model, jax.tree.map(jnp.asarray, tree)), parts
+
+
+def _parse(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a recipe, as they stand in config.json, as settings."""
+    recipe = copy.deepcopy({key: dict(recipe[key]) for key in _RECIPE})
+    trigger = recipe["attack"]["trigger"]
+    recipe["attack"]["trigger"] = {"name": trigger["name"], **trigger["options"]}
+    hints = {
+        "data": settings.DataSettings,
+        "model": settings.ModelSettings,
+        "victim": settings.TrainingSettings,
+        "attack": settings.PoisoningSettings,
+    }
+    return {
+        key: settings.from_mapping(cls, recipe[key], f"recipe.{key}")
+        for key, cls in hints.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of one command line."""
+    parser = argparse.ArgumentParser(prog="python -m nad_jax.zoo", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="one line for each victim")
+    check = commands.add_parser("verify", help="hashes, and with --measure ACC and ASR")
+    check.add_argument("names", nargs="*", metavar="NAME")
+    check.add_argument("--measure", action="store_true")
+    check.add_argument("--data_dir")
+    put = commands.add_parser("add", help="the victim of a finished run")
+    put.add_argument("workdir", type=pathlib.Path)
+    put.add_argument("--name", required=True)
+    put.add_argument("--seed", type=int, default=0)
+    for command in (*commands.choices.values(),):
+        command.add_argument("--zoo", type=pathlib.Path, help="another folder")
+    arguments = parser.parse_args(argv)
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except errors.InputError as error:
+        print(f"nad_jax.zoo: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(arguments: Any) -> int:
+    zoo = arguments.zoo or folder()
+    for name in names(zoo):
+        print(_line(read_manifest(name, zoo)))
+    return 0
+
+
+def _verify(arguments: Any) -> int:
+    zoo = arguments.zoo or folder()
+    passed = True
+    for name in arguments.names or names(zoo):
+        victim = load(name, zoo)
+        if arguments.measure:
+            rates = measure(victim, arguments.data_dir)
+            good = is_as_promised(victim.manifest, rates)
+            passed = passed and good
+            print(
+                f"{name}: hash good, ACC {rates['acc']:.2%}, ASR {rates['asr']:.2%}, "
+                f"{'as' if good else 'NOT as'} in the manifest"
+            )
+        else:
+            print(f"{name}: hash good")
+    return 0 if passed else 1
+
+
+def _add(arguments: Any) -> int:
+    zoo = arguments.zoo or folder()
+    manifest = add(arguments.workdir, arguments.name, seed=arguments.seed, zoo=zoo)
+    print(_line(manifest))
+    return 0
+
+
+_COMMANDS = {"list": _list, "verify": _verify, "add": _add}
+
+
+def _line(manifest: Mapping[str, Any]) -> str:
+    attack, model = manifest["recipe"]["attack"], manifest["recipe"]["model"]
+    return (
+        f"{manifest['name']:<24} {manifest['recipe']['data']['name']} {model['name']} "
+        f"{attack['name']} {attack['label_mode']} rate {attack['poison_rate']:g} "
+        f"seed {manifest['seed']}  ACC {manifest['acc']:.2%}  ASR {manifest['asr']:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

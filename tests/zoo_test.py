@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The zoo: what is put in comes out, and what was touched is noticed."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax import errors, main, models, pipeline, settings, victims, zoo
+from nad_jax import workdir as workdir_lib
+from nad_jax.attacks import triggers
+from nad_jax.report import schema
+
+TRAINING = {"epochs": 1, "batch_size": 500, "learning_rate": 1e-3}
+RECIPE = {
+    "data": {"name": "digits", "data_dir": "/a/folder", "image_size": 8},
+    "model": {"name": "resnet_8", "width": 0.25},
+    "victim": TRAINING,
+    "attack": {
+        "name": "wanet",
+        "trigger": {"name": "warp", "options": {"grid_size": 2, "strength": 1.0}},
+        "target_label": 3,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a run that has trained a victim, as far as the zoo looks at it."""
+    path = tmp_path_factory.mktemp("run")
+    parsed = zoo._parse(RECIPE)
+    config = settings.NadExperimentSettings(
+        title="",
+        **parsed,
+        defense=settings.RepairSettings(
+            parsed["victim"], settings.NadSettings({"stage1": 1.0})
+        ),
+        seeds=(4,),
+    )
+    train, _ = pipeline.load_data(config.data)
+    model = models.build("resnet_8", num_classes=10, width=0.25)
+    key = jax.random.key(4)
+    with contextlib.closing(workdir_lib.Workdir(path, {})) as workdir:
+        subjects = victims.obtain(
+            config, train, model, workdir, seed=4, victim_key=key, poison_key=key
+        )
+    net = zoo.base.Net(model, subjects.models["backdoored"])
+    rates = zoo.measure(
+        zoo.Victim(net, subjects.trigger, {"recipe": RECIPE, "num_classes": 10})
+    )
+    row = schema.Row(
+        name="float",
+        model="backdoored",
+        seed=4,
+        weight_bits=None,
+        act_bits=None,
+        flip_rate=None,
+        seconds=0.0,
+        **rates,
+    )
+    report = schema.build_report(
+        title="",
+        config=dataclasses.asdict(config),
+        rows=[row],
+        git_commit=None,
+        versions={"jax": "1"},
+        devices=[],
+        seconds={},
+    )
+    schema.write_json(path / "report.json", report)
+    return path, subjects, rates
+
+
+@pytest.fixture
+def filled(run, tmp_path):
+    command = ["add", str(run[0]), "--name=one", "--seed=4", f"--zoo={tmp_path}"]
+    assert zoo.main(command) == 0
+    return tmp_path
+
+
+def test_what_is_put_in_comes_out_bit_for_bit(run, filled):
+    _, subjects, rates = run
+    victim = zoo.load("one", filled)
+    stored, kept = victim.net.variables, subjects.models["backdoored"]
+    assert jax.tree.structure(stored) == jax.tree.structure(kept)
+    jax.tree.map(np.testing.assert_array_equal, stored, kept)
+    assert victim.trigger.offset is None
+    np.testing.assert_array_equal(victim.trigger.field, subjects.trigger.field)
+    assert victim.manifest["acc"] == rates["acc"]
+    assert victim.manifest["recipe"]["data"]["data_dir"] is None
+
+
+def test_verifying_measures_what_the_manifest_says(filled, capsys):
+    verify = ["verify", "--measure", f"--zoo={filled}"]
+    assert zoo.main(verify) == 0
+    assert "as in the manifest" in capsys.readouterr().out
+    manifest = json.loads((filled / "one.json").read_text())
+    manifest["acc"] += 0.02
+    (filled / "one.json").write_text(json.dumps(manifest))
+    assert zoo.main(verify) == 1
+
+
+def test_one_changed_bit_is_noticed(filled):
+    path = filled / "one.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(errors.InputError, match="SHA-256.*damaged or was exchanged"):
+        zoo.load("one", filled)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("two", "no victim 'two' in the zoo; there are one"), ("../one", "no victim")],
+)
+def test_a_stranger_is_named(filled, name, message):
+    with pytest.raises(errors.InputError, match=message):
+        zoo.load(name, filled)
+
+
+def test_a_run_without_that_victim_is_refused(run, tmp_path, capsys):
+    command = ["add", str(run[0]), "--name=one", "--seed=5", f"--zoo={tmp_path}"]
+    assert zoo.main(command) == 2
+    assert "no victim of configs/nad.py with seed 5" in capsys.readouterr().err
+
+
+def test_a_victim_can_be_a_teacher(run, filled):
+    """`config.defense.teacher` takes a file of the zoo."""
+    net = zoo.read_net(str(filled / "one.safetensors"))
+    images = jnp.full((1, 8, 8, 3), 0.5)
+    expected = zoo.load("one", filled).net.logits(run[1].models["backdoored"], images)
+    np.testing.assert_array_equal(net.logits(net.variables, images), expected)
+
+
+def test_without_a_zoo_one_line_says_where_it_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(zoo, "_FOLDERS", (tmp_path / "nowhere",))
+    config = "--config=configs/nad.py:zoo/one"
+    assert main.main(["main", config, f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "folder zoo/ of the source repository" in said
+
+
+def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
+    monkeypatch.setattr(zoo, "_FOLDERS", (filled,))
+    training = settings.TrainingSettings(epochs=7)
+    config = settings.NadExperimentSettings(
+        title="",
+        data=settings.DataSettings("cifar10", data_dir="here"),
+        model=settings.ModelSettings("wrn_16_1"),
+        victim=training,
+        attack=settings.PoisoningSettings(settings.TriggerSettings("grid")),
+        defense=settings.RepairSettings(
+            training, settings.NadSettings({"stage1": 1.0})
+        ),
+        zoo="one",
+    )
+    resolved = zoo.resolve(config)
+    assert resolved.data == settings.DataSettings("digits", "here", 8)
+    assert resolved.model.name == "resnet_8" and resolved.attack.name == "wanet"
+    assert resolved.attack.trigger.options == {"grid_size": 2, "strength": 1.0}
+    assert resolved.defense.training.epochs == 7
+    assert resolved.defense.clean_model_rows == ()
+
+
+def test_parts_of_a_trigger_survive_as_a_trigger(filled):
+    victim = zoo.load("one", filled)
+    triggers.check_trigger(victim.trigger, (8, 8, 3))
