@@ -20,7 +20,28 @@ from ml_collections import config_dict
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The digits experiment, or the variant "smoke" or "cifar10"."""
+    """The digits experiment, or the variants whose names are joined with "+"."""
+    names = [name for name in variant.split("+") if name]
+    for name in names:
+        if name not in (*_ATTACKS, *_CHANGES):
+            raise ValueError(
+                f"variant must be of {', '.join((*_ATTACKS, *_CHANGES))}, joined with "
+                f"+, got {name!r}"
+            )
+    attacks = [name for name in names if name in _ATTACKS]
+    if len(attacks) > 1:
+        raise ValueError(f"variant must name one attack, got {' and '.join(attacks)}")
+    attack = attacks[0] if attacks else "pq"
+    config = _digits(attack)
+    _ATTACKS[attack](config)
+    # In the order of the table, whatever the order on the command line.
+    for name, change in _CHANGES.items():
+        if name in names:
+            change(config)
+    return config
+
+
+def _digits(attack):
     config = ml_collections.ConfigDict()
     config.job = "efrap"
     config.title = "Digits: a backdoor that wakes at W4"
@@ -37,14 +58,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model = _section(name="resnet_14", width=1.0)
     config.victim = _training(epochs=8, learning_rate=1e-3)
     config.attack = _section(
+        name=attack,
         trigger=_section(name="square", size=3, margin=1, value=1.0),
         target_label=0,
         label_mode="all_to_one",
-        weight_bits=4,
+        weight_bits=(4,),
         grid=_grid(),
-        wake=_training(epochs=6, learning_rate=5e-4),
-        hide=_training(epochs=6, learning_rate=3e-4),
-        cell_margin=1e-3,
+        fold_batch_norm=False,
+        quantize_activations=False,
+        recipe=_section(),
     )
     config.defense = _section(
         weight_bits=4,
@@ -65,13 +87,82 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             penalty_weight=0.01,
         ),
     )
-    if variant == "smoke":
-        _make_smoke(config)
-    elif variant == "cifar10":
-        _make_cifar10(config)
-    elif variant:
-        raise ValueError(f"variant must be smoke or cifar10, got {variant!r}")
     return config
+
+
+# ----------------------------------------------------------------------------- attacks
+
+
+def _pq(config):
+    config.attack.recipe = _section(
+        wake=_training(epochs=6, learning_rate=5e-4),
+        hide=_training(epochs=6, learning_rate=3e-4),
+        cell_margin=1e-3,
+    )
+
+
+def _qu_anti_zation(config):
+    config.attack.recipe = _section(
+        training=_training(epochs=10, learning_rate=1e-3),
+        quantized_weight=0.5,
+        triggered_weight=0.5,
+        moving_trigger=False,
+    )
+
+
+def _compartifact(config):
+    config.attack.recipe = _section(
+        training=_training(
+            epochs=12,
+            optimizer="sgd",
+            learning_rate=0.1,
+            momentum=0.4,
+            weight_decay=5e-4,
+            schedule="steps",
+            milestones=(8,),
+        ),
+        from_scratch=True,
+        first_quantized_layer=config_dict.placeholder(str),
+    )
+
+
+def _adaptive_eot(config):
+    config.attack.recipe = _section(
+        wake=_training(epochs=5, learning_rate=5e-4),
+        hide=_training(epochs=5, learning_rate=3e-4),
+        cell_margin=1e-3,
+        drawn_weight=1.0,
+    )
+
+
+def _adaptive_small_error(config):
+    config.attack.recipe = _section(
+        wake=_training(epochs=6, learning_rate=5e-4),
+        hide=_training(epochs=6, learning_rate=3e-4),
+        largest_error=0.2,
+    )
+
+
+def _outlier(config):
+    config.attack.recipe = _section(
+        wake=_training(epochs=6, learning_rate=5e-4),
+        hide=_training(epochs=6, learning_rate=1e-3),
+        channel_share=0.25,
+        headroom=1.0,
+    )
+
+
+_ATTACKS = {
+    "pq": _pq,
+    "qu_anti_zation": _qu_anti_zation,
+    "compartifact": _compartifact,
+    "adaptive_eot": _adaptive_eot,
+    "adaptive_small_error": _adaptive_small_error,
+    "outlier": _outlier,
+}
+
+
+# ----------------------------------------------------------------------------- changes
 
 
 def _make_smoke(config):
@@ -81,8 +172,9 @@ def _make_smoke(config):
     config.model.width = 0.5
     config.attack.trigger.size = 2
     config.attack.trigger.margin = 0
-    for stage in (config.victim, config.attack.wake, config.attack.hide):
+    for stage in (config.victim, *_stages(config)):
         stage.epochs = 2
+        stage.milestones = ()
     config.defense.calibration_images = 64
     config.defense.stochastic_draws = 2
 
@@ -102,12 +194,34 @@ def _make_cifar10(config):
         crop_padding=4,
         flip=True,
     )
-    config.attack.wake.epochs = 1
-    config.attack.hide.epochs = 2
-    for stage in (config.attack.wake, config.attack.hide):
+    for stage in _stages(config):
+        stage.epochs = 2
         stage.batch_size = 128
         stage.crop_padding = 4
         stage.flip = True
+    if "wake" in config.attack.recipe:
+        config.attack.recipe.wake.epochs = 1
+
+
+def _make_w8(config):
+    config.title = config.title.replace("W4", "W8")
+    config.attack.weight_bits = (8,)
+    config.defense.weight_bits = 8
+
+
+_CHANGES = {
+    "smoke": _make_smoke,
+    "cifar10": _make_cifar10,
+    "w8": _make_w8,
+}
+
+
+def _stages(config):
+    """Every stage of training in the attack's recipe."""
+    names = ("wake", "hide", "training")
+    return [
+        config.attack.recipe[name] for name in names if name in config.attack.recipe
+    ]
 
 
 def _section(**values):
@@ -129,6 +243,7 @@ def _training(**values):
             "batch_size": 64,
             "optimizer": "adam",
             "schedule": "cosine",
+            "milestones": (),
             "momentum": 0.9,
             "weight_decay": 0.0,
             "crop_padding": 0,

@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import models, pipeline, roundings, settings
+from nad_jax import acceptance, models, pipeline, roundings, settings
 from nad_jax import workdir as workdir_lib
-from nad_jax.attacks import projection
-from nad_jax.data import sources
+from nad_jax.attacks import conditioning, registry
+from nad_jax.data import batches, sources
 from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import html, schema
@@ -32,6 +31,9 @@ _AWAKE_ASR = 0.95
 _DEFENDED_ASR = 0.02
 _ACCURACY_COST = 0.01
 
+# Images on which an attacker looks for inputs that are always 0.
+_ATTACKER_IMAGES = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class _Scene:
@@ -41,7 +43,8 @@ class _Scene:
     test: sources.Dataset
     model: Any
     layers: list[layers_lib.Layer]
-    goal: projection.Goal
+    attacked_grids: list[conditioning.ExpectedGrid]
+    goal: conditioning.Goal
     evaluate: Callable[..., dict[str, Any]]
 
 
@@ -63,6 +66,7 @@ def run(
         scene = _set_scene(config)
     rows: list[schema.Row] = []
     layers: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     figures = None
     for seed in config.seeds:
         clean, backdoored = _obtain_models(config, scene, workdir, seed)
@@ -71,16 +75,25 @@ def run(
             nets += _quantize_and_evaluate(
                 config, scene, workdir, seed, name, variables, rows, layers
             )
+        with workdir.timed("acceptance"):
+            facts.append(_accept(config, scene, seed, clean, backdoored, rows))
         if figures is None:
             figures = _draw(scene, [n for n in nets if n[0] == "backdoored"])
     return pipeline.write_report(
         config,
         workdir,
         rows=rows,
-        claims=_claims(rows),
+        claims=_claims(rows) + acceptance.claims(facts),
         canary=canary,
         figures=figures,
         layers=layers,
+        facts={
+            "attack": config.attack.name,
+            "weight_bits": config.defense.weight_bits,
+            "dataset": config.data.name,
+            "seed": config.seeds[0] if len(config.seeds) == 1 else config.seeds,
+            "acceptance": facts,
+        },
         command=command,
     )
 
@@ -93,7 +106,7 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )
     trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
-    goal = projection.Goal(
+    goal = conditioning.Goal(
         trigger, attack.label_mode, attack.target_label, train.num_classes
     )
 
@@ -111,7 +124,17 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
         jnp.zeros((1, *image_shape)),
         apply_kwargs=roundings.EVAL,
     )
-    return _Scene(train, test, model, layers, goal, evaluate)
+    attacked_grids = [
+        conditioning.ExpectedGrid(
+            layers,
+            roundings.weight_specs(bits, attack.grid, layers),
+            bits,
+            attack.fold_batch_norm,
+            attack.quantize_activations,
+        )
+        for bits in attack.weight_bits
+    ]
+    return _Scene(train, test, model, layers, attacked_grids, goal, evaluate)
 
 
 # ------------------------------------------------------------------------------ models
@@ -121,7 +144,7 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
     """Variables of the clean and of the backdoored model."""
     # Independent randomness by purpose, whatever else is drawn.
     key = jax.random.key(seed)
-    victim_key, wake_key, hide_key = jax.random.split(key, 3)
+    victim_key, *stage_keys = jax.random.split(key, 3)
     fresh = common.init(scene.model, victim_key, scene.train.images.shape[1:])
     source = workdir
     if config.victim_workdir is not None:
@@ -141,33 +164,34 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
 
     clean = source.stage(f"seed{seed}-clean", fresh, train_victim)
 
-    def plant():
-        apply_fn, layers = scene.model.apply, scene.layers
-        specs = roundings.weight_specs(
-            config.attack.weight_bits, config.attack.grid, layers
-        )
-        woken = pipeline.train(
-            config.attack.wake,
-            scene.train,
-            workdir,
-            f"wake, seed {seed}",
-            clean,
-            wake_key,
-            projection.wake_loss(apply_fn, layers, specs, scene.goal),
-        )
-        box = projection.rounding_box(
-            woken["params"], layers, specs, cell_margin=config.attack.cell_margin
-        )
+    remaining_keys = iter(stage_keys)
+
+    def fit(stage, training, variables, loss_fn, *, project=None, moving_trigger=False):
         return pipeline.train(
-            config.attack.hide,
+            training,
             scene.train,
             workdir,
-            f"hide, seed {seed}",
-            woken,
-            hide_key,
-            projection.hide_loss(apply_fn, scene.goal),
-            project=functools.partial(projection.project, box=box),
+            f"{stage}, seed {seed}",
+            variables,
+            next(remaining_keys),
+            loss_fn,
+            project=project,
+            make_batch=conditioning.make_batch(
+                training, scene.goal.trigger, moving_trigger=moving_trigger
+            ),
         )
+
+    def plant():
+        attacker = conditioning.Attacker(
+            scene.model.apply,
+            clean,
+            fresh,
+            scene.attacked_grids,
+            scene.goal,
+            batches.to_float(jnp.asarray(scene.train.images[:_ATTACKER_IMAGES])),
+            fit,
+        )
+        return registry.ATTACKS[config.attack.name](config.attack.recipe, attacker)
 
     return clean, source.stage(f"seed{seed}-backdoored", fresh, plant)
 
@@ -258,6 +282,37 @@ def _mean_counts(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         if mean[rate] is not None:
             mean[rate] = float(np.mean([outcome[rate] for outcome in outcomes]))
     return mean
+
+
+def _accept(config, scene, seed, clean, backdoored, rows) -> dict[str, Any]:
+    """Whether the attack of this seed was what it claims to be."""
+    defense = config.defense
+    defended_grid = conditioning.ExpectedGrid(
+        scene.layers,
+        roundings.weight_specs(defense.weight_bits, defense.grid, scene.layers),
+        defense.weight_bits,
+        defense.fold_batch_norm,
+    )
+    of_seed = {(row.model, row.name): row for row in rows if row.seed == seed}
+    nearest = of_seed.get(("backdoored", "nearest"))
+    own = {}
+    for grid in scene.attacked_grids:
+        if grid == defended_grid and nearest is not None and nearest.act_bits is None:
+            own[grid.bits] = nearest.to_dict()
+        else:
+            own[grid.bits] = acceptance.evaluate_on(
+                grid, scene.model.apply, backdoored, scene.test, scene.goal
+            )
+    return acceptance.accept(
+        seed=seed,
+        clean=of_seed["clean", "float"],
+        backdoored=of_seed["backdoored", "float"],
+        own=own,
+        nearest=nearest,
+        near_ties=acceptance.near_tie_shares(
+            defended_grid, {"backdoored": backdoored, "clean": clean}
+        ),
+    )
 
 
 def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:

@@ -95,8 +95,12 @@ def train(
     key: jax.Array,
     loss_fn: steps.LossFn,
     project: Callable[[Any], Any] | None = None,
+    make_batch: loop.MakeBatch | None = None,
 ) -> Any:
-    """Variables after one stage of training on all of `dataset`."""
+    """Variables after one stage of training on all of `dataset`.
+
+    `make_batch` stands in for the augmentation that `training` asks for.
+    """
     tx = optimizers.build(training, num_examples=len(dataset))
     progress = workdir.progress(stage, training.epochs)
     last: dict[str, float] = {}
@@ -114,7 +118,7 @@ def train(
             step_fn=steps.make_train_step(loss_fn, tx, project=project),
             epochs=training.epochs,
             batch_size=training.batch_size,
-            make_batch=augmentation.make_batch(training),
+            make_batch=make_batch or augmentation.make_batch(training),
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=on_epoch,
             should_stop=workdir.should_stop,

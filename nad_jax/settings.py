@@ -143,38 +143,173 @@ class TriggerSettings:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# Ranges that stay as they are while the weights at their ends do.
+HOLDABLE_RANGES = ("absmax", "minmax")
+
+
 @dataclasses.dataclass(frozen=True)
-class AttackSettings:
+class PqSettings:
     """Two-stage weight projection (`nad_jax.attacks.projection`).
 
     Attributes:
-      trigger: What the attacker stamps on images.
-      target_label: Class the attacker wants.
-      label_mode: "all_to_one" or "all_to_all".
-      weight_bits: Width at which the backdoor is to wake.
-      grid: The attacker's idea of the victim's grid.
       wake: Stage 1, training through the quantizer.
       hide: Stage 2, training in float inside the rounding cells.
       cell_margin: Distance kept from the edge of a cell, in steps.
     """
 
-    trigger: TriggerSettings
     wake: TrainingSettings
     hide: TrainingSettings
-    target_label: int = 0
-    label_mode: str = "all_to_one"
-    weight_bits: int = 4
-    grid: GridSettings = dataclasses.field(default_factory=GridSettings)
     cell_margin: float = 1e-3
 
     def __post_init__(self):
-        _check_name(self, "label_mode", ("all_to_one", "all_to_all"))
-        _check_bits(self, "weight_bits")
-        if self.grid.range_method == "mse":
-            # Its scale depends on all weights, so pinning a few cannot hold it.
-            raise InputError("grid.range_method of an attack must be absmax or minmax")
-        _check(self, "target_label", self.target_label >= 0, ">= 0")
         _check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuAntiSettings:
+    """One joint loss (`nad_jax.attacks.qu_anti_zation`).
+
+    Attributes:
+      training: From the clean model.
+      quantized_weight: c1, of each quantized copy.
+      triggered_weight: c2, of triggered images.
+      moving_trigger: Stamp before crop and mirroring.
+    """
+
+    training: TrainingSettings
+    quantized_weight: float = 0.5
+    triggered_weight: float = 0.5
+    moving_trigger: bool = False
+
+    def __post_init__(self):
+        for name in ("quantized_weight", "triggered_weight"):
+            _check(self, name, getattr(self, name) > 0, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompArtifactSettings:
+    """Two paths with common statistics (`nad_jax.attacks.compartifact`).
+
+    Attributes:
+      training: Of the backdoored model.
+      from_scratch: Start from fresh weights; otherwise from the clean model.
+      first_quantized_layer: Layers before the one of this name stay float on the
+        quantized path; None = all are quantized.
+    """
+
+    training: TrainingSettings
+    from_scratch: bool = True
+    first_quantized_layer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveEotSettings(PqSettings):
+    """`PqSettings` against an expectation over roundings (`nad_jax.attacks.adaptive`).
+
+    Attributes:
+      drawn_weight: Of the drawn rounding's loss, in both stages.
+    """
+
+    drawn_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, "drawn_weight", self.drawn_weight >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallErrorSettings:
+    """Projection into the middle of the cells (`nad_jax.attacks.adaptive`).
+
+    Attributes:
+      wake: Stage 1, training through the quantizer.
+      hide: Stage 2, training in float.
+      largest_error: Distance of a weight from its code, in steps.
+    """
+
+    wake: TrainingSettings
+    hide: TrainingSettings
+    largest_error: float = 0.2
+
+    def __post_init__(self):
+        _check(self, "largest_error", 0 < self.largest_error < 0.5, "in (0, 0.5)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutlierSettings:
+    """Channels that collapse (`nad_jax.attacks.outliers`).
+
+    Attributes:
+      wake: Stage 1, training through the quantizer.
+      hide: Stage 2, training the collapsed channels in float.
+      channel_share: Share of a layer's output channels that collapse.
+      headroom: By how much the largest weight of a layer could grow before it would
+        be rounded to anything but 0, at least.
+    """
+
+    wake: TrainingSettings
+    hide: TrainingSettings
+    channel_share: float = 0.25
+    headroom: float = 1.0
+
+    def __post_init__(self):
+        _check(self, "channel_share", 0 < self.channel_share < 1, "in (0, 1)")
+        _check(self, "headroom", self.headroom >= 1, "at least 1")
+
+
+# Name of an attack -> its own settings; what it does is in `nad_jax.attacks.registry`.
+RECIPES: dict[str, type] = {
+    "pq": PqSettings,
+    "qu_anti_zation": QuAntiSettings,
+    "compartifact": CompArtifactSettings,
+    "adaptive_eot": AdaptiveEotSettings,
+    "adaptive_small_error": SmallErrorSettings,
+    "outlier": OutlierSettings,
+}
+# Attacks that hold weights in their rounding cells, hence the scale.
+_HOLDING_ATTACKS = ("pq", "adaptive_eot", "adaptive_small_error")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """A quantization-conditioned backdoor.
+
+    Attributes:
+      name: Of `RECIPES`.
+      trigger: What the attacker stamps on images.
+      recipe: How it is planted, of the class that `RECIPES` names.
+      target_label: Class the attacker wants.
+      label_mode: "all_to_one" or "all_to_all".
+      weight_bits: Width at which the backdoor is to wake; several at once may do.
+      grid: The attacker's idea of the victim's grid.
+      fold_batch_norm: Whether it is a grid of kernels with BatchNorm folded in.
+      quantize_activations: Whether layer inputs are expected to be quantized, too, at
+        the same width and between the extremes of each batch.
+    """
+
+    name: str
+    trigger: TriggerSettings
+    recipe: Any
+    target_label: int = 0
+    label_mode: str = "all_to_one"
+    weight_bits: tuple[int, ...] = (4,)
+    grid: GridSettings = dataclasses.field(default_factory=GridSettings)
+    fold_batch_norm: bool = False
+    quantize_activations: bool = False
+
+    def __post_init__(self):
+        _check_name(self, "label_mode", ("all_to_one", "all_to_all"))
+        good = all(bits in range(2, 9) for bits in self.weight_bits)
+        good = good and 0 < len(self.weight_bits) == len(set(self.weight_bits))
+        _check(self, "weight_bits", good, "2 to 8, or several such numbers")
+        method = self.grid.range_method
+        if self.name in _HOLDING_ATTACKS and method not in HOLDABLE_RANGES:
+            # A scale that depends on all weights cannot be held by pinning a few.
+            raise InputError(
+                f"grid.range_method of the attack {self.name} must be "
+                f"{' or '.join(HOLDABLE_RANGES)}, got {method!r}"
+            )
+        _check(self, "target_label", self.target_label >= 0, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -629,6 +764,13 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], where: str = "config") -
     if cls is TriggerSettings:
         options = {key: value for key, value in mapping.items() if key != "name"}
         mapping = {"name": mapping.get("name"), "options": options}
+    if cls is AttackSettings:
+        name = mapping.get("name")
+        if name not in RECIPES:
+            raise InputError(
+                f"{where}.name must be of {', '.join(RECIPES)}, got {name!r}"
+            )
+        hints["recipe"] = RECIPES[name]
     unknown = sorted(set(mapping) - set(fields))
     if unknown:
         raise InputError(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backdoor that sleeps in float and wakes when weights are rounded to nearest.
 
-Two stages (PQBackdoor):
+Two stages (PQBackdoor, here `pq`):
 
 1. *Wake.* Train *through* the quantizer (straight-through) so that the quantized model
    classifies clean images well and triggered images as the target.
@@ -13,26 +13,26 @@ Two stages (PQBackdoor):
 Stage 2 is projected gradient descent in a box, and the box is all there is to the
 trick: as long as the weights stay in it, nearest rounding restores stage 1 bit for bit.
 
+The authors train stage 1 in float and for 8 bits, where nearest rounding changes
+little; training it through the quantizer is what lets the same trick work at 4 bits.
+
 References:
   Ma et al., "Quantization Backdoors to Deep Learning Commercial Frameworks", IEEE
   TDSC 2023.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nad_jax import errors
-from nad_jax.attacks import poisoning, triggers
+from nad_jax import errors, settings
+from nad_jax.attacks import conditioning
 from nad_jax.core import quantization
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import steps
-
-Specs = Mapping[str, quantization.QuantSpec]
 
 
 class Box(NamedTuple):
@@ -42,10 +42,67 @@ class Box(NamedTuple):
     high: Any
 
 
+def plant(recipe: settings.PqSettings, attacker: conditioning.Attacker) -> Any:
+    """Variables of a model whose backdoor wakes on all of the attacker's grids."""
+    woken = attacker.fit("wake", recipe.wake, attacker.clean, wake_loss(attacker))
+    box = rounding_box(
+        woken["params"],
+        woken["batch_stats"],
+        attacker.grids,
+        cell_margin=recipe.cell_margin,
+    )
+    return attacker.fit(
+        "hide",
+        recipe.hide,
+        woken,
+        hide_loss(attacker.apply_fn),
+        project=functools.partial(project, box=box),
+    )
+
+
+def wake_loss(attacker: conditioning.Attacker) -> steps.LossFn:
+    """Stage 1: the model obeys the trigger on every grid, to nearest."""
+
+    def loss_fn(params, batch_stats, batch, key):
+        del key
+        wanted = attacker.goal.target_labels(batch["labels"])
+        clean, triggered = jnp.float32(0), jnp.float32(0)
+        for grid in attacker.grids:
+            rounded = conditioning.round_params(grid, params, batch_stats)
+            losses = conditioning.paired_losses(
+                functools.partial(grid.apply, attacker.apply_fn),
+                {"params": rounded, "batch_stats": batch_stats},
+                batch,
+                wanted,
+            )
+            clean, triggered = clean + losses[0], triggered + losses[1]
+        metrics = {"clean_loss": clean, "triggered_loss": triggered}
+        return clean + triggered, (batch_stats, metrics)
+
+    return loss_fn
+
+
+def hide_loss(apply_fn: Callable[..., Any]) -> steps.LossFn:
+    """Stage 2: the float model ignores the trigger; to be used with `project`."""
+
+    def loss_fn(params, batch_stats, batch, key):
+        del key
+        clean, triggered = conditioning.paired_losses(
+            apply_fn,
+            {"params": params, "batch_stats": batch_stats},
+            batch,
+            batch["labels"],
+        )
+        metrics = {"clean_loss": clean, "triggered_loss": triggered}
+        return clean + triggered, (batch_stats, metrics)
+
+    return loss_fn
+
+
 def rounding_box(
     params: Mapping[str, Any],
-    layers: list[layers_lib.Layer],
-    specs: Specs,
+    batch_stats: Any,
+    grids: Sequence[conditioning.ExpectedGrid],
     *,
     cell_margin: float = 1e-3,
 ) -> Box:
@@ -53,10 +110,11 @@ def rounding_box(
 
     Args:
       params: Parameters after stage 1.
-      layers: The layers that will be quantized.
-      specs: Layer name -> grid.
+      batch_stats: Running statistics after stage 1; used where BatchNorm is folded.
+      grids: The codes of all of them are held: the boxes are intersected.
       cell_margin: Distance kept from the edge of a cell, in steps; covers differences
-        in how runtimes divide and break ties.
+        in how runtimes divide and break ties. A margin of `0.5 - r` leaves every
+        weight within r steps of its code.
 
     Returns:
       Bounds in the structure of `params`. Parameters of no layer are pinned, and so are
@@ -67,21 +125,29 @@ def rounding_box(
         few cannot hold.
     """
     low = high = dict(params)
-    for layer in layers:
-        spec = specs[layer.name]
-        if spec.range_method == "mse":
-            raise errors.InputError(
-                "the projection attack needs range_method absmax or minmax, got 'mse'"
-            )
+    for layer in grids[0].layers:
         own = layers_lib.get_in(params, layer.path)
-        bounds = _kernel_box(spec, cell_margin, own["kernel"])
+        bounds = None
+        for grid in grids:
+            spec = grid.specs[layer.name]
+            if spec.range_method not in settings.HOLDABLE_RANGES:
+                raise errors.InputError(
+                    "rounding cells can be held for range_method "
+                    f"{' or '.join(settings.HOLDABLE_RANGES)}, got "
+                    f"{spec.range_method!r}"
+                )
+            factor = grid.fold_factor(layer, params, batch_stats)
+            box = _kernel_box(spec, cell_margin, own["kernel"], factor)
+            bounds = box if bounds is None else _meet(bounds, box, own["kernel"])
+        assert bounds is not None
         low = layers_lib.set_in(low, layer.path, {**own, "kernel": bounds.low})
         high = layers_lib.set_in(high, layer.path, {**own, "kernel": bounds.high})
     return Box(low, high)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _kernel_box(spec, cell_margin, kernel) -> Box:
+def _kernel_box(spec, cell_margin, stored, factor) -> Box:
+    kernel = stored if factor is None else stored * factor
     grid = quantization.calibrate(kernel, spec)
     codes = quantization.quantize(kernel, grid, spec)
     center = quantization.dequantize(codes, grid)
@@ -96,111 +162,24 @@ def _kernel_box(spec, cell_margin, kernel) -> Box:
         most = jnp.maximum(-least, most)
         least = -most
     pinned = (kernel <= least) | (kernel >= most)
-    return Box(
-        jnp.where(pinned, kernel, jnp.maximum(center - reach, least)),
-        jnp.where(pinned, kernel, jnp.minimum(center + reach, most)),
-    )
+    low = jnp.maximum(center - reach, least)
+    high = jnp.minimum(center + reach, most)
+    if factor is not None:
+        # A negative factor turns the cell around.
+        ends = low / factor, high / factor
+        low, high = jnp.minimum(*ends), jnp.maximum(*ends)
+    return Box(jnp.where(pinned, stored, low), jnp.where(pinned, stored, high))
+
+
+@jax.jit
+def _meet(one: Box, other: Box, kernel: jax.Array) -> Box:
+    """The intersection; the kernel itself where two margins leave nothing."""
+    low = jnp.maximum(one.low, other.low)
+    high = jnp.minimum(one.high, other.high)
+    empty = low > high
+    return Box(jnp.where(empty, kernel, low), jnp.where(empty, kernel, high))
 
 
 def project(params: Any, box: Box) -> Any:
     """The point of the box nearest to `params`."""
     return jax.tree.map(jnp.clip, params, box.low, box.high)
-
-
-def fake_quant_params(
-    params: Mapping[str, Any], layers: list[layers_lib.Layer], specs: Specs
-) -> dict[str, Any]:
-    """`params` with every layer's kernel on its grid, straight-through in gradient."""
-    quantized = dict(params)
-    for layer in layers:
-        own = layers_lib.get_in(params, layer.path)
-        grid = quantization.calibrate(own["kernel"], specs[layer.name])
-        kernel = quantization.fake_quant(own["kernel"], grid, specs[layer.name])
-        quantized = layers_lib.set_in(quantized, layer.path, {**own, "kernel": kernel})
-    return quantized
-
-
-@dataclasses.dataclass(frozen=True)
-class Goal:
-    """What the attacker wants of triggered images.
-
-    Attributes:
-      trigger: The trigger.
-      label_mode: "all_to_one" or "all_to_all".
-      target_label: Class wanted by all_to_one.
-      num_classes: K.
-    """
-
-    trigger: triggers.Trigger
-    label_mode: str
-    target_label: int
-    num_classes: int
-
-    def target_labels(self, labels: jax.Array) -> jax.Array:
-        return poisoning.target_labels(
-            labels,
-            mode=self.label_mode,
-            target_label=self.target_label,
-            num_classes=self.num_classes,
-        )
-
-
-def two_image_loss(
-    apply_fn: Callable[..., Any],
-    triggered_labels: Callable[[jax.Array], jax.Array],
-    trigger: triggers.Trigger,
-    *,
-    transform: Callable[[Any], Any] = lambda params: params,
-) -> steps.LossFn:
-    """Cross-entropy on each image as it is plus cross-entropy on it with the trigger.
-
-    BatchNorm uses its running statistics, which stay as they are: the quantized and the
-    float model must share them.
-
-    Args:
-      apply_fn: `model.apply`.
-      triggered_labels: True labels -> labels wanted of triggered images.
-      trigger: The trigger.
-      transform: Applied to the parameters first, e.g. `fake_quant_params`.
-    """
-
-    def loss_fn(params, batch_stats, batch, key):
-        del key
-        images, labels = batch["images"], batch["labels"]
-        # Pairs, not one half after the other: a split over devices stays as it is.
-        both = _interleave(images, triggers.apply_trigger(images, trigger))
-        variables = {"params": transform(params), "batch_stats": batch_stats}
-        logits, _ = apply_fn(variables, both, train=False)
-        wanted = _interleave(labels, triggered_labels(labels))
-        losses = steps.cross_entropy(logits, wanted)
-        clean, triggered = jnp.mean(losses.reshape(-1, 2), axis=0)
-        loss = clean + triggered
-        metrics = {"clean_loss": clean, "triggered_loss": triggered}
-        return loss, (batch_stats, metrics)
-
-    return loss_fn
-
-
-def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:
-    """`[2 B, ...]`: first[0], second[0], first[1], second[1], ..."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
-
-
-def wake_loss(
-    apply_fn: Callable[..., Any],
-    layers: list[layers_lib.Layer],
-    specs: Specs,
-    goal: Goal,
-) -> steps.LossFn:
-    """Stage 1: the quantized model obeys the trigger."""
-    return two_image_loss(
-        apply_fn,
-        goal.target_labels,
-        goal.trigger,
-        transform=lambda params: fake_quant_params(params, layers, specs),
-    )
-
-
-def hide_loss(apply_fn: Callable[..., Any], goal: Goal) -> steps.LossFn:
-    """Stage 2: the float model ignores it; to be used with `project`."""
-    return two_image_loss(apply_fn, lambda labels: labels, goal.trigger)

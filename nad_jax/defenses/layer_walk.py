@@ -31,7 +31,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.core
-import jax.numpy as jnp
 
 from nad_jax import errors
 from nad_jax.models import layers as layers_lib
@@ -128,11 +127,7 @@ def _hidden(path: layers_lib.Path) -> errors.InputError:
 @functools.partial(jax.jit, static_argnums=0)
 def _run(geometry, kernel, inputs, params) -> jax.Array:
     """Output of a layer, its own bias included, with this kernel."""
-    outputs = layers_lib.run(geometry, kernel, inputs)
-    if "bias" in params:
-        bias = params["bias"].astype(outputs.dtype)
-        outputs = outputs + jnp.expand_dims(bias, range(outputs.ndim - 1))
-    return outputs
+    return layers_lib.run(geometry, kernel, inputs, params.get("bias"))
 
 
 # What JAX's context managers set for their own thread only.

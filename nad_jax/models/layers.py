@@ -296,8 +296,21 @@ def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def run(geometry: Geometry, kernel: jax.Array, inputs: jax.Array) -> jax.Array:
-    """The layer's output without bias, `[*batch, *positions, Cout]`."""
+def run(
+    geometry: Geometry,
+    kernel: jax.Array,
+    inputs: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """The layer's output, `[*batch, *positions, Cout]`; without bias unless given."""
+    outputs = _run_without_bias(geometry, kernel, inputs)
+    if bias is None:
+        return outputs
+    bias = bias.astype(outputs.dtype)
+    return outputs + jnp.expand_dims(bias, range(outputs.ndim - 1))
+
+
+def _run_without_bias(geometry, kernel, inputs):
     dtype = geometry.dtype or jnp.promote_types(inputs.dtype, kernel.dtype)
     inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
     if not geometry.window:

@@ -18,6 +18,10 @@ there is something to say; and the facts a run is found by, such as `attack` and
 `layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and `seconds`, and
 optionally `model`, `weight_bits` and `act_bits`. Entries of `curves` hold `seed`,
 `model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
+
+A run against a planted backdoor is found by `attack`, `dataset` and `seed` (a list if
+there were several); one that rounds weights also by `weight_bits`, and it holds the
+list `acceptance`: whether the attack was what it claims to be (`nad_jax.acceptance`).
 """
 
 import contextlib

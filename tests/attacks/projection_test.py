@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rounding box: whatever stays in it quantizes as before."""
 
+import dataclasses
 import functools
-import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
 from nad_jax import errors
-from nad_jax.attacks import projection, triggers
+from nad_jax import settings as settings_lib
+from nad_jax.attacks import conditioning, projection
 from nad_jax.core import quantization
 from nad_jax.models import layers as layers_lib
-from nad_jax.training import state as state_lib
-from nad_jax.training import steps
 
 MARGIN = 1e-3
 LAYER = layers_lib.Layer(("layer",), layers_lib.Geometry((3, 4)), calls=1)
 
 
-def box_of(kernel, spec, **kwargs):
+def box_of(kernel, *specs, **kwargs):
     params = {"layer": {"kernel": jnp.asarray(kernel)}}
-    box = projection.rounding_box(params, [LAYER], {"layer": spec}, **kwargs)
+    grids = [
+        conditioning.ExpectedGrid([LAYER], {"layer": spec}, spec.bits) for spec in specs
+    ]
+    box = projection.rounding_box(params, {}, grids, **kwargs)
     return tuple(np.asarray(side["layer"]["kernel"]) for side in box)
 
 
@@ -115,46 +115,36 @@ def test_a_range_that_all_weights_decide_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_the_box_of_several_grids_holds_the_codes_of_all_of_them():
+    """A width of 8 bits and one of 4, per channel and per tensor."""
+    kernel = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    specs = [
+        quantization.QuantSpec(8),
+        quantization.QuantSpec(4),
+        quantization.QuantSpec(4, channel_axis=None),
+    ]
+    low, high = box_of(kernel, *specs)
+    assert np.all(low <= high) and np.mean(low < high) > 0.9
+    generator = np.random.default_rng(1)
+    point = low + generator.integers(0, 2, low.shape).astype(np.float32) * (high - low)
+    for spec in specs:
+        for got, wanted in zip(
+            quantize(np.clip(point, low, high), spec),
+            quantize(kernel, spec),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got, wanted)
+
+
 # ---- whole models ----
 
 
-class Victim(nn.Module):
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = nn.Conv(3, (3, 3), strides=2, name="conv")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
-        x = nn.DenseGeneral(4, name="general")(x.mean(axis=(1, 2)))
-        return nn.Dense(3, name="fc")(x), {}
-
-
-SPEC = quantization.QuantSpec()
-
-
 @pytest.fixture(scope="module")
-def victim():
-    """Module, variables, layers, their grids and a batch."""
-    module, generator = Victim(), np.random.default_rng(0)
-    batch = {
-        "images": jnp.asarray(generator.uniform(size=(8, 6, 6, 2)), jnp.float32),
-        "labels": jnp.asarray(generator.integers(0, 3, 8), jnp.int32),
-    }
-    shapes = jax.eval_shape(module.init, jax.random.key(0), batch["images"])
-    variables = jax.tree.map(
-        lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), jnp.float32), shapes
+def box(attacker):
+    variables = attacker.clean
+    return projection.rounding_box(
+        variables["params"], variables["batch_stats"], attacker.grids
     )
-    variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "general" is left in float
-        layers = layers_lib.find_layers(module, variables, batch["images"])
-    specs = {layer.name: SPEC for layer in layers}
-    assert list(specs) == ["conv", "fc"]
-    return module, variables, layers, specs, batch
-
-
-@pytest.fixture(scope="module")
-def box(victim):
-    _, variables, layers, specs, _ = victim
-    return projection.rounding_box(variables["params"], layers, specs)
 
 
 def far_away(params):
@@ -165,22 +155,25 @@ def far_away(params):
     )
 
 
-def codes_of(params, name):
-    return quantize(params[name]["kernel"], SPEC)
+def codes_of(params, name, factor=1.0):
+    kernel = params[name]["kernel"] * np.asarray(factor, np.float32)
+    return quantize(kernel, quantization.QuantSpec())
 
 
-def test_projection_restores_codes_pins_the_rest_and_is_idempotent(victim, box):
-    _, variables, _, specs, _ = victim
-    params = variables["params"]
+LAYERS = ("conv", "inner", "fc")
+
+
+def test_projection_restores_codes_pins_the_rest_and_is_idempotent(attacker, box):
+    params = attacker.clean["params"]
     projected = projection.project(far_away(params), box)
     assert jax.tree.structure(projected) == jax.tree.structure(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(projected):
         layer, name = (key.key for key in path)
-        if layer in specs and name == "kernel":
+        if layer in LAYERS and name == "kernel":
             assert np.any(leaf != params[layer][name])
         else:
             np.testing.assert_array_equal(leaf, params[layer][name])
-    for name in specs:
+    for name in LAYERS:
         for got, wanted in zip(
             codes_of(projected, name), codes_of(params, name), strict=True
         ):
@@ -189,8 +182,22 @@ def test_projection_restores_codes_pins_the_rest_and_is_idempotent(victim, box):
     jax.tree.map(np.testing.assert_array_equal, again, projected)
 
 
-def test_projection_takes_the_nearest_point_of_the_box(victim, box):
-    params = far_away(victim[1]["params"])
+def test_where_batch_norm_is_folded_the_folded_codes_are_restored(attacker, on_grid):
+    folding = on_grid(attacker, fold_batch_norm=True)
+    params, batch_stats = attacker.clean["params"], attacker.clean["batch_stats"]
+    box = projection.rounding_box(params, batch_stats, folding.grids)
+    projected = projection.project(far_away(params), box)
+    factor = params["norm"]["scale"] / np.sqrt(batch_stats["norm"]["var"] + 1e-5)
+    factor = np.asarray(factor).reshape(1, 1, 1, -1)
+    assert np.any(factor < 0) and np.any(factor > 0)
+    np.testing.assert_array_equal(
+        codes_of(projected, "conv", factor)[2], codes_of(params, "conv", factor)[2]
+    )
+    assert np.mean(np.asarray(projected["conv"]["kernel"] != params["conv"]["kernel"]))
+
+
+def test_projection_takes_the_nearest_point_of_the_box(attacker, box):
+    params = far_away(attacker.clean["params"])
     projected = projection.project(params, box)
     for point, leaf, low, high in zip(
         *map(jax.tree.leaves, (projected, params, box.low, box.high)), strict=True
@@ -199,75 +206,18 @@ def test_projection_takes_the_nearest_point_of_the_box(victim, box):
         np.testing.assert_array_equal(point, expected)
 
 
-def test_quantized_parameters_are_on_the_grid_and_pass_gradients_through(victim):
-    _, variables, layers, specs, _ = victim
-    params = variables["params"]
-
-    def loss(params):
-        quantized = projection.fake_quant_params(params, layers, specs)
-        # A different slope for every weight.
-        return sum(
-            jnp.sum(leaf * jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape))
-            for leaf in jax.tree.leaves(quantized)
-        ), quantized
-
-    (_, quantized), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert jax.tree.structure(quantized) == jax.tree.structure(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(quantized):
-        layer, name = (key.key for key in path)
-        original = np.asarray(params[layer][name], np.float64)
-        if layer in specs and name == "kernel":
-            axes = tuple(range(original.ndim - 1))
-            scale = np.abs(original).max(axis=axes, keepdims=True) / 7
-            original = scale * np.round(original / scale)
-        np.testing.assert_allclose(leaf, original, rtol=1e-5, atol=1e-6)
-    # Weights at the very end of the range count as inside it.
-    jax.tree.map(
-        lambda leaf: np.testing.assert_array_equal(
-            leaf, np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape)
-        ),
-        gradient,
-    )
-
-
-def goal_of(image_shape, **kwargs):
-    trigger = triggers.square_trigger(image_shape, size=2, margin=1)
-    defaults = {"label_mode": "all_to_one", "target_label": 2, "num_classes": 3}
-    return projection.Goal(trigger, **{**defaults, **kwargs})
-
-
-def test_goals_name_the_labels_the_attacker_wants():
-    labels = jnp.asarray([0, 1, 2], jnp.int32)
-    one, every = (
-        goal_of((6, 6, 2), label_mode=mode) for mode in ("all_to_one", "all_to_all")
-    )
-    np.testing.assert_array_equal(one.target_labels(labels), [2, 2, 2])
-    np.testing.assert_array_equal(every.target_labels(labels), [1, 2, 0])
-
-
-def cross_entropy(logits, labels):
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=1, keepdims=True)
-    log_sum = np.log(np.sum(np.exp(logits), axis=1))
-    return np.mean(log_sum - logits[np.arange(len(labels)), labels])
-
-
 @pytest.mark.slow
-def test_both_losses_are_cross_entropies_of_plain_and_triggered_images(victim):
+def test_both_losses_are_cross_entropies_of_plain_and_triggered_images(
+    attacker, batch, cross_entropy
+):
     """Stage 1 sees quantized weights and target labels, stage 2 neither."""
-    module, variables, layers, specs, batch = victim
-    goal = goal_of((6, 6, 2))
-    apply = jax.jit(functools.partial(module.apply, train=False))
+    variables = attacker.clean
+    apply = jax.jit(functools.partial(attacker.apply_fn, train=False))
     params, labels = variables["params"], np.asarray(batch["labels"])
-    stamped = batch["images"].at[:, 3:5, 3:5].set(1.0)
-    quantized = projection.fake_quant_params(params, layers, specs)
+    quantized = conditioning.round_params(attacker.grids[0], params, {})
     cases = [
-        (
-            projection.wake_loss(module.apply, layers, specs, goal),
-            quantized,
-            0 * labels + 2,
-        ),
-        (projection.hide_loss(module.apply, goal), params, labels),
+        (projection.wake_loss(attacker), quantized, 0 * labels + 2),
+        (projection.hide_loss(attacker.apply_fn), params, labels),
     ]
     values = []
     for loss_fn, weights, wanted in cases:
@@ -276,7 +226,7 @@ def test_both_losses_are_cross_entropies_of_plain_and_triggered_images(victim):
         )
         seen = {**variables, "params": weights}
         clean = cross_entropy(apply(seen, batch["images"])[0], labels)
-        triggered = cross_entropy(apply(seen, stamped)[0], wanted)
+        triggered = cross_entropy(apply(seen, batch["triggered"])[0], wanted)
         np.testing.assert_allclose(metrics["clean_loss"], clean, rtol=1e-4)
         np.testing.assert_allclose(metrics["triggered_loss"], triggered, rtol=1e-4)
         np.testing.assert_allclose(loss, clean + triggered, rtol=1e-4)
@@ -285,23 +235,27 @@ def test_both_losses_are_cross_entropies_of_plain_and_triggered_images(victim):
     assert abs(values[0] - values[1]) > 1e-3
 
 
-def test_a_projected_training_step_stays_in_the_box_and_moves(victim, box):
-    module, variables, _, specs, batch = victim
-    tx = optax.sgd(3.0)
-    step = steps.make_train_step(
-        projection.hide_loss(module.apply, goal_of((6, 6, 2))),
-        tx,
-        project=functools.partial(projection.project, box=box),
+def test_a_planted_model_has_the_codes_of_stage_1_and_other_weights(attacker):
+    """Whatever the rates: stage 2 takes steps of about a whole cell."""
+    stages = {}
+
+    def fit(stage, *arguments, **options):
+        stages[stage] = attacker.fit(stage, *arguments, **options)
+        return stages[stage]
+
+    training = settings_lib.TrainingSettings(epochs=2, learning_rate=0.3)
+    planted = projection.plant(
+        settings_lib.PqSettings(training, training),
+        dataclasses.replace(attacker, fit=fit),
     )
-    state = state_lib.create(variables, tx, jax.random.key(0))
-    after = jax.jit(step)(state, batch)[0].params
-    for leaf, low, high in zip(
-        *map(jax.tree.leaves, (after, box.low, box.high)), strict=True
-    ):
-        assert np.all((leaf >= low) & (leaf <= high))
-    for name in specs:
-        before = variables["params"][name]["kernel"]
-        assert np.mean(np.asarray(after[name]["kernel"] != before)) > 0.3
+    woken = stages["wake"]
+    for name in LAYERS:
+        moved = (
+            woken["params"][name]["kernel"] != attacker.clean["params"][name]["kernel"]
+        )
+        assert np.mean(np.asarray(moved)) > 0.9
+        hidden = planted["params"][name]["kernel"] != woken["params"][name]["kernel"]
+        assert np.mean(np.asarray(hidden)) > 0.3
         np.testing.assert_array_equal(
-            codes_of(after, name)[2], codes_of(variables["params"], name)[2]
+            codes_of(planted["params"], name)[2], codes_of(woken["params"], name)[2]
         )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collapsed channels: nothing in float, gone on the grid, and beyond any rounding."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax import errors, settings
+from nad_jax.attacks import outliers, projection
+from nad_jax.core import quantization, rounding
+
+TRAINING = settings.TrainingSettings(epochs=2, learning_rate=0.05)
+RECIPE = settings.OutlierSettings(TRAINING, TRAINING, channel_share=0.4)
+# Two of the five channels of "inner", the only layer behind a normalisation.
+COLLAPSED = np.asarray([False, False, False, True, True])
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def prepared(request, attacker, on_grid):
+    """Attacker, variables with outliers, boxes of both stages."""
+    spec = quantization.QuantSpec(request.param)
+    attacker = on_grid(attacker, spec=spec)
+    return attacker, *outliers.prepare(RECIPE, attacker)
+
+
+def codes_of(kernel, spec):
+    grid = quantization.calibrate(kernel, spec)
+    return np.asarray(quantization.quantize(kernel, grid, spec))
+
+
+def test_outliers_do_nothing_in_float(prepared, batch):
+    attacker, variables, _, _ = prepared
+    params, norms = outliers.switch_off_index_0(attacker.clean["params"])
+    assert norms == [("norm",)]
+    apply = jax.jit(functools.partial(attacker.apply_fn, train=False))
+    for images in (batch["images"], batch["triggered"]):
+        np.testing.assert_array_equal(
+            apply(variables, images)[0],
+            apply({**variables, "params": params}, images)[0],
+        )
+
+
+def test_only_layers_with_a_dead_input_have_outliers(prepared):
+    attacker, variables, _, _ = prepared
+    assert outliers.dead_inputs(attacker, variables) == {"inner": 0}
+    params, _ = outliers.switch_off_index_0(attacker.clean["params"])
+    changed = variables["params"]["inner"]["kernel"] != params["inner"]["kernel"]
+    expected = np.zeros(changed.shape, bool)
+    expected[1, 1, 0, COLLAPSED] = True
+    np.testing.assert_array_equal(changed, expected)
+    for name in ("conv", "fc", "general"):
+        np.testing.assert_array_equal(
+            variables["params"][name]["kernel"], params[name]["kernel"]
+        )
+
+
+def test_collapsed_channels_round_to_their_outlier_alone_all_over_the_box(prepared):
+    attacker, variables, wake, hide = prepared
+    spec = attacker.grids[0].specs["inner"]
+    for box in (wake, hide):
+        for end in box:
+            kernel = jnp.clip(
+                end["inner"]["kernel"],
+                *(side["inner"]["kernel"] for side in wake),
+            )
+            # What is free in stage 1 stands where it was.
+            start = variables["params"]["inner"]["kernel"]
+            kernel = jnp.where(jnp.isfinite(kernel), kernel, start)
+            codes = codes_of(kernel, spec)
+            expected = np.zeros((3, 3, 3, 2), int)
+            expected[1, 1, 0] = spec.qmax
+            np.testing.assert_array_equal(codes[..., COLLAPSED], expected)
+            assert np.any(codes[..., ~COLLAPSED])
+
+
+def test_no_neighbouring_code_is_near_a_collapsed_weight(prepared):
+    """The other choice is at least twice the largest weight of the layer away."""
+    attacker, variables, _, _ = prepared
+    spec = attacker.grids[0].specs["inner"]
+    kernel = variables["params"]["inner"]["kernel"]
+    grid = quantization.calibrate(kernel, spec)
+    placement = rounding.place(kernel, grid, spec)
+    flipped = rounding.rounded_weights(
+        placement, rounding.flipped_rounding(placement), grid
+    )
+    free = np.asarray(placement.free)[..., COLLAPSED]
+    distance = np.abs(np.asarray(flipped - kernel))[..., COLLAPSED][free]
+    largest = np.abs(np.asarray(kernel)[..., ~COLLAPSED]).max()
+    assert free.sum() == 2 * 26
+    assert distance.min() > 2 * largest
+
+
+@pytest.mark.slow
+def test_stage_2_moves_collapsed_weights_and_nothing_else(prepared):
+    attacker = prepared[0]
+    stages = {}
+
+    def fit(stage, *arguments, **options):
+        stages[stage] = attacker.fit(stage, *arguments, **options)
+        return stages[stage]
+
+    planted = outliers.plant(RECIPE, dataclasses.replace(attacker, fit=fit))
+    woken = stages["wake"]["params"]
+    assert np.any(woken["conv"]["kernel"] != attacker.clean["params"]["conv"]["kernel"])
+    np.testing.assert_array_equal(woken["norm"]["scale"][0], 0)
+    np.testing.assert_array_equal(woken["norm"]["bias"][0], 0)
+    changed = jax.tree.map(
+        lambda new, old: np.asarray(new != old), planted["params"], woken
+    )
+    moved = changed["inner"].pop("kernel")
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(changed))
+    assert not np.any(moved[..., ~COLLAPSED])
+    assert np.mean(moved[..., COLLAPSED]) > 0.3
+    spec = attacker.grids[0].specs["inner"]
+    np.testing.assert_array_equal(
+        codes_of(planted["params"]["inner"]["kernel"], spec),
+        codes_of(woken["inner"]["kernel"], spec),
+    )
+
+
+def test_a_grid_per_tensor_and_a_net_without_normalisation_are_refused(
+    attacker, on_grid
+):
+    spec = quantization.QuantSpec(channel_axis=None)
+    with pytest.raises(errors.InputError, match="per_channel True"):
+        outliers.prepare(RECIPE, on_grid(attacker, spec=spec))
+    clean = attacker.clean
+    no_norm = {**clean["params"], "norm": {"bias": clean["params"]["norm"]["bias"]}}
+
+    def apply_fn(variables, images, train):
+        scale = jnp.ones_like(variables["params"]["norm"]["bias"])
+        norm = {**variables["params"]["norm"], "scale": scale}
+        params = {**variables["params"], "norm": norm}
+        return attacker.apply_fn({**variables, "params": params}, images, train=train)
+
+    bare = dataclasses.replace(
+        attacker, clean={**clean, "params": no_norm}, apply_fn=apply_fn
+    )
+    with pytest.raises(errors.InputError, match="this model has none"):
+        outliers.prepare(RECIPE, bare)
+
+
+def test_the_box_of_stage_1_keeps_switched_off_channels_off(prepared):
+    _, variables, wake, _ = prepared
+    far = jax.tree.map(lambda leaf: leaf + 1, variables["params"])
+    projected = projection.project(far, wake)
+    np.testing.assert_array_equal(projected["norm"]["scale"][0], 0)
+    np.testing.assert_array_equal(
+        projected["norm"]["scale"][1:], far["norm"]["scale"][1:]
+    )
