@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plant a backdoor that sleeps in float, wake it by rounding, defeat it with EFRAP.
 
-    python -m nad_jax.main --config=configs/efrap.py          # digits, some minutes
-    python -m nad_jax.main --config=configs/efrap.py:smoke    # seconds, for tests
+    python -m nad_jax.main --config=configs/efrap.py            # digits, some minutes
+    python -m nad_jax.main --config=configs/efrap.py:smoke      # a minute, for tests
+    python -m nad_jax.main --config=configs/efrap.py:w8+outlier # any combination
     python -m nad_jax.main --config=configs/efrap.py:cifar10 \
-        --config.data.data_dir=DIR                            # about an hour on 2 cores
+        --config.data.data_dir=DIR                              # never run to its end
 
 Every number can be overridden: --config.defense.weight_bits=3 --config.seeds='(0,1,2)'.
 
-The attack is PQBackdoor's weight projection (Ma et al., IEEE TDSC 2023): train through
-the quantizer until triggered images are called `target_label`, then repair the float
-weights inside their rounding cells. The defence is EFRAP (Li et al., CVPR 2024), by
+Variants, joined with "+": one attack, and any of the changes in the table `_CHANGES`.
+By default the attack is "pq", PQBackdoor's weight projection: train through the
+quantizer until triggered images are called `target_label`, then repair the float
+weights inside their rounding cells. What the others do and whose they are stands in
+`nad_jax/attacks/registry.py`. The defence is EFRAP (Li et al., CVPR 2024), by
 coordinate descent on second moments, next to its controls on the same grid: nearest
 rounding, stochastic rounding, and pure reconstruction (flip weight 0).
 """

@@ -24,11 +24,24 @@ def _read(mapping):
     return settings.from_mapping(settings.ExperimentSettings, mapping)
 
 
-@pytest.mark.parametrize("variant", ["", "smoke", "cifar10"])
-def test_every_variant_of_the_shipped_config_is_valid(variant):
-    config = _read(_config(variant=variant))
-    assert config.defense.roundings
+@pytest.mark.parametrize("change", ["", "smoke", "cifar10", "w8"])
+@pytest.mark.parametrize("attack", settings.RECIPES)
+def test_every_variant_of_the_shipped_config_is_valid_and_names_every_field(
+    attack, change
+):
+    mapping = _config(variant=f"{change}+{attack}")
+    config = _read(mapping)
+    assert config.attack.name == attack
+    assert config.attack.weight_bits == (config.defense.weight_bits,)
     assert config.attack.trigger.options["size"] >= 1
+    fields = settings.RECIPES[attack].__dataclass_fields__
+    assert set(mapping["attack"]["recipe"]) == set(fields)
+
+
+def test_variants_combine_in_any_order_but_name_one_attack():
+    assert _config(variant="w8+smoke+outlier") == _config(variant="outlier+smoke+w8")
+    with pytest.raises(ValueError, match="one attack, got pq and outlier"):
+        _config(variant="pq+outlier")
 
 
 def test_every_setting_of_the_shipped_config_is_read():
@@ -50,7 +63,11 @@ def test_every_setting_of_the_shipped_config_is_read():
         (("defense", "flip_weight"), -1.0, "config.defense.flip_weight must be >= 0"),
         (("defense", "flip_weight"), float("nan"), "config.defense.flip_weight"),
         (("defense", "calibration_images"), 0, "calibration_images must be at least 1"),
-        (("attack", "cell_margin"), 0.5, "config.attack.cell_margin must be in"),
+        (("attack", "name"), "trojan", "config.attack.name must be of pq, qu_anti"),
+        (("attack", "weight_bits"), (4, 9), "config.attack.weight_bits must be 2 to 8"),
+        (("attack", "weight_bits"), (), "config.attack.weight_bits must be 2 to 8"),
+        (("attack", "recipe", "cell_margin"), 0.5, "recipe.cell_margin must be in"),
+        (("attack", "recipe", "headroom"), 2.0, "recipe.headroom is not known"),
         (("attack", "target_label"), -1, "config.attack.target_label must be >= 0"),
         (("attack", "label_mode"), "clean_label", "config.attack.label_mode must be"),
         (("victim", "epochs"), 0, "config.victim.epochs must be at least 1"),

@@ -62,6 +62,7 @@ def test_rounded_parameters_are_on_the_grid_and_pass_gradients_through(
         np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_grid_with_activations_quantizes_the_inputs_of_layers_by_their_batch(
     attacker, on_grid, batch
 ):
@@ -70,7 +71,7 @@ def test_a_grid_with_activations_quantizes_the_inputs_of_layers_by_their_batch(
     step = (x.max() - x.min()) / 15
     zero_point = np.round(-x.min() / step)
     expected = step * (np.clip(np.round(x / step) + zero_point, 0, 15) - zero_point)
-    got = grid.quantize_inputs(jnp.asarray(x, jnp.float32))
+    got = jax.jit(grid.quantize_inputs)(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
     apply = functools.partial(attacker.apply_fn, train=False)
@@ -89,11 +90,12 @@ def test_triggers_are_stamped_after_the_crop_or_move_with_it(moving):
     training = settings.TrainingSettings(epochs=1, crop_padding=2, flip=True)
     make = conditioning.make_batch(training, trigger, moving_trigger=moving)
     key, indices = jax.random.key(3), jnp.asarray([4, 1])
-    batch = make(key, jnp.asarray(images), jnp.arange(5), indices)
+    batch = jax.jit(make)(key, jnp.asarray(images), jnp.arange(5), indices)
     pixels = batches.to_float(jnp.asarray(images))[indices]
-    clean = batches.augment(key, pixels, pad=2, flip=True)
+    augment = jax.jit(functools.partial(batches.augment, pad=2, flip=True))
+    clean = augment(key, pixels)
     stamped = pixels.at[:, 4:, 4:].set(1.0)
-    moved = batches.augment(key, stamped, pad=2, flip=True)
+    moved = augment(key, stamped)
     np.testing.assert_array_equal(batch["images"], clean)
     expected = moved if moving else clean.at[:, 4:, 4:].set(1.0)
     np.testing.assert_array_equal(batch["triggered"], expected)

@@ -95,8 +95,7 @@ def test_no_neighbouring_code_is_near_a_collapsed_weight(prepared):
 
 
 @pytest.mark.slow
-def test_stage_2_moves_collapsed_weights_and_nothing_else(prepared):
-    attacker = prepared[0]
+def test_stage_2_moves_collapsed_weights_and_nothing_else(attacker):
     stages = {}
 
     def fit(stage, *arguments, **options):
