@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nad_jax.auditing import Audit, LayerAudit, audit
     from nad_jax.core.attention import attention_map
     from nad_jax.core.losses import (
         activation_preservation_loss,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "nad_jax.auditing": ("Audit", "LayerAudit", "audit"),
     "nad_jax.core.attention": ("attention_map",),
     "nad_jax.core.losses": (
         "activation_preservation_loss",
@@ -86,13 +88,16 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "AdamSettings",
+    "Audit",
     "InputError",
+    "LayerAudit",
     "QuantParams",
     "QuantSpec",
     "Quantized",
     "activation_preservation_loss",
     "attention_distance",
     "attention_map",
+    "audit",
     "binarization_penalty",
     "calibrate",
     "dequantize",

@@ -5,8 +5,9 @@
 
 FILE is a config of your own or one of those shipped (configs/*.py), found from any
 folder. Results go to DIR, by default runs/<config>-<time>. Repeating a command with the
-same --workdir continues where it stopped. Exit code 0: done (vet: accepted); 1: vet
-rejected the model; 2: something you can mend, in one line; 130: interrupted.
+same --workdir continues where it stopped. Exit code 0: done (vet: accepted, audit:
+honest); 1: vet rejected the model, audit found something; 2: something you can mend, in
+one line; 130: interrupted.
 """
 
 import datetime
@@ -74,7 +75,8 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str]:
         raise errors.InputError(f"unexpected argument {rest[1]!r}; see --help")
     if config.value is None:
         raise errors.InputError(
-            f"--config is missing; for example --config=configs/{_shipped_names()[0]}"
+            "--config is missing; shipped ones are "
+            f"{', '.join(f'configs/{name}' for name in _shipped_names())}"
         )
     name = pathlib.Path(
         config_flags.get_config_filename(values["config"]).split(":")[0]
@@ -128,7 +130,14 @@ def _one_line(error: Exception) -> str:
 def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     import dataclasses
 
-    from nad_jax import efrap_experiment, nad_experiment, pipeline, vet_experiment, zoo
+    from nad_jax import (
+        audit_experiment,
+        efrap_experiment,
+        nad_experiment,
+        pipeline,
+        vet_experiment,
+        zoo,
+    )
     from nad_jax import workdir as workdir_lib
     from nad_jax.training import environment
 
@@ -143,9 +152,10 @@ def _run(config: Any, path: str, argv: Sequence[str]) -> int:
     )
     try:
         command = " ".join(["python -m nad_jax.main", *argv[1:]])
-        if config.job == "vet":
-            report = vet_experiment.run(config, workdir, command=command)
-            return vet_experiment.exit_code(report)
+        judges = {"audit": audit_experiment, "vet": vet_experiment}
+        if config.job in judges:
+            judge = judges[config.job]
+            return judge.exit_code(judge.run(config, workdir, command=command))
         experiments = {"efrap": efrap_experiment, "nad": nad_experiment}
         experiments[config.job].run(config, workdir, command=command)
     except (workdir_lib.Interrupted, KeyboardInterrupt) as interruption:

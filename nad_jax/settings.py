@@ -726,7 +726,38 @@ class VetSettings:
         _check(self, "target_label", self.target_label >= 0, ">= 0")
 
 
+@dataclasses.dataclass(frozen=True)
+class AuditSettings:
+    """Everything a run of `configs/audit.py` reads.
+
+    Attributes:
+      float_model: Checkpoint of the float model.
+      integer_file: Artefact or ONNX file that is said to be its rounding.
+      arch: What the checkpoint is said to be; None finds it.
+      data: Clean images; the training split is looked at.
+      images: How many of them.
+      seed: Of their choice.
+      job: "audit".
+    """
+
+    float_model: str | None
+    integer_file: str | None
+    arch: str | None
+    data: DataSettings
+    images: int = 1024
+    seed: int = 0
+    job: str = "audit"
+
+    def __post_init__(self):
+        _check_name(self, "job", ("audit",))
+        for name in ("float_model", "integer_file"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is missing; give --config.{name}=FILE")
+        _check(self, "images", self.images >= 1, "at least 1")
+
+
 JOBS: dict[str, type] = {
+    "audit": AuditSettings,
     "efrap": ExperimentSettings,
     "nad": NadExperimentSettings,
     "vet": VetSettings,

@@ -4,6 +4,7 @@
     file -> variables -> float, nearest              what was handed over
          -> NAD -> float, nearest, EFRAP             what can be made of it
          -> model.safetensors, model.onnx            what is shipped
+         -> float.safetensors                        the repaired floats, for an audit
          -> the ONNX file in ONNX Runtime            what users will run
 
 The defender needs clean images only. Where a trigger is known it measures and nothing
@@ -29,7 +30,7 @@ from nad_jax.data import batches, sources
 from nad_jax.defenses import base, nad
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.export import stablehlo
-from nad_jax.interop import artifact, name_maps, reader
+from nad_jax.interop import artifact, name_maps, reader, safetensors_reader
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
 from nad_jax.training import environment, evaluation, loop
@@ -167,7 +168,15 @@ def run(
     )
     with workdir.timed("export"):
         files = _export(
-            config, scene, workdir, converted, shipped, calibration, rows, exporter
+            config,
+            scene,
+            workdir,
+            converted,
+            repaired,
+            shipped,
+            calibration,
+            rows,
+            exporter,
         )
     with workdir.timed("run the export"):
         counts, agreement = _run_export(config, scene, files, predictions, exporter)
@@ -299,13 +308,20 @@ def _repair(config, scene, workdir, given, clean_key, repair_key) -> tuple[Any, 
 # ------------------------------------------------------------------------------ export
 
 
-def _export(config, scene, workdir, converted, shipped, calibration, rows, exporter):
-    """Writes the artefact, the ONNX file and the card; returns their paths."""
+def _export(
+    config, scene, workdir, converted, repaired, shipped, calibration, rows, exporter
+):
+    """Writes the shipped files, the repaired floats and the card; returns their paths.
+
+    The floats have the layout of the checkpoint that came, so that whoever doubts the
+    integers can compare them (`configs/audit.py`).
+    """
     onnx_graph, _ = exporter
     files = {
         "artifact": workdir.path / "model.safetensors",
         "onnx": workdir.path / "model.onnx",
         "stablehlo": workdir.path / "model.stablehlo",
+        "float": workdir.path / "float.safetensors",
         "card": workdir.path / "card.json",
     }
     card = {
@@ -373,6 +389,9 @@ def _export(config, scene, workdir, converted, shipped, calibration, rows, expor
         quant_params=shipped.quant_params,
     )
     files["stablehlo"].write_bytes(program)
+    safetensors_reader.write_safetensors(
+        files["float"], name_maps.to_torch(repaired, converted.names)
+    )
     # The card comes last and holds the hashes: files without one are unfinished.
     card["files"] = {
         path.name: artifact.sha256(path)

@@ -76,12 +76,33 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
     assert all(row["asr"] is None for row in report["rows"])
     card = json.loads((workdir / "card.json").read_text())
     assert card["source_sha256"] == artifact.sha256(checkpoint)
-    assert set(card["files"]) == {"model.safetensors", "model.onnx", "model.stablehlo"}
+    assert set(card["files"]) == {
+        "model.safetensors",
+        "model.onnx",
+        "model.stablehlo",
+        "float.safetensors",
+    }
     for name, digest in card["files"].items():
         assert artifact.sha256(workdir / name) == digest
     stored = artifact.read_artifact(workdir / "model.safetensors")
     assert stored.card["arch"] == "wrn_10_1"
     assert all(codes.dtype == np.int8 for codes in stored.codes.values())
+
+    # Whoever doubts the file can compare it with the repaired floats.
+    for name in ("model.safetensors", "model.onnx"):
+        audit = main.main(
+            [
+                "main",
+                "--config=configs/audit.py",
+                f"--config.float_model={workdir / 'float.safetensors'}",
+                f"--config.integer_file={workdir / name}",
+                "--config.data.name=digits",
+                "--config.data.image_size=8",
+                "--config.images=256",
+                f"--workdir={tmp_path / name}",
+            ]
+        )
+        assert audit == 0, capsys.readouterr().out
 
     # The same workdir: nothing is trained again; another verdict needs another one.
     again = _vet(checkpoint, workdir, "--config.verdict.max_drift=1.0")

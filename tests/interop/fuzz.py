@@ -12,7 +12,9 @@ Outcomes of a case, of which the last three must never occur:
     crash         any other exception, or a message of several lines or 1,000 characters
     hang          more than 5 seconds
 
-Case i of a seed is the same file on every machine and whatever ran before it.
+Case i of a seed is the same file on every machine and whatever ran before it. With
+--out, finished pieces are kept in FILE.pieces until all are done: a command that was
+stopped, repeated, continues.
 """
 
 import argparse
@@ -41,6 +43,8 @@ OUTCOMES = ("accepted", "rejected", "wrong_accept", "crash", "hang")
 FORMATS = tuple(mutations.MUTATORS)
 _HANG_SECONDS = 5.0
 _KEPT_FAILURES = 20
+# Cases of one piece: half a minute or so, and seldom a new process.
+_PIECE = 5000
 
 
 class _Hang(BaseException):
@@ -139,19 +143,54 @@ def summary(seed: int, cases: int, parts: list[dict], seconds: float) -> dict:
     }
 
 
-def fuzz(seed: int, cases: int, jobs: int = 1) -> dict:
-    """Runs all cases, in `jobs` processes."""
-    began = time.perf_counter()
+def fuzz(seed: int, cases: int, jobs: int = 1, pieces: Path | None = None) -> dict:
+    """Runs all cases, in `jobs` processes; `pieces` holds what an earlier run did.
+
+    "seconds" is the time of all pieces together, whenever and beside what they ran.
+    """
+    done = {} if pieces is None else _read_pieces(pieces, seed)
+    ranges = [(start, min(start + _PIECE, cases)) for start in range(0, cases, _PIECE)]
+
+    def keep(piece):
+        done[piece["range"]] = piece
+        if pieces is not None:
+            with open(pieces, "a", encoding="utf-8") as stream:
+                # On a line of its own, whatever a stop left before it.
+                stream.write("\n" + json.dumps({"seed": seed, **piece}) + "\n")
+
+    todo = [limits for limits in ranges if limits not in done]
     if jobs == 1:
-        parts = [run(seed, 0, cases)]
+        for limits in todo:
+            keep(_timed_piece(seed, limits))
     else:
-        size = 5000
-        starts = range(0, cases, size)
-        stops = [min(start + size, cases) for start in starts]
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-            parts = list(pool.map(run, [seed] * len(starts), starts, stops))
-    return summary(seed, cases, parts, time.perf_counter() - began)
+            waiting = [pool.submit(_timed_piece, seed, limits) for limits in todo]
+            for future in concurrent.futures.as_completed(waiting):
+                keep(future.result())
+    parts = [done[limits] for limits in ranges]
+    return summary(seed, cases, parts, sum(part["seconds"] for part in parts))
+
+
+def _timed_piece(seed: int, limits: tuple[int, int]) -> dict:
+    began = time.perf_counter()
+    piece = run(seed, *limits)
+    return {**piece, "range": limits, "seconds": time.perf_counter() - began}
+
+
+def _read_pieces(path: Path, seed: int) -> dict[tuple[int, int], dict]:
+    """Range of cases -> what came of them; a line cut off by a stop is left out."""
+    found = {}
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            piece = json.loads(line)
+        except ValueError:
+            continue
+        if piece.pop("seed") == seed:
+            piece["range"] = tuple(piece["range"])
+            found[piece["range"]] = piece
+    return found
 
 
 def main() -> int:
@@ -162,9 +201,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", default="")
     options = parser.parse_args()
-    report = fuzz(options.seed, options.cases, options.jobs)
+    pieces = None
     if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        pieces = Path(options.out + ".pieces")
+    report = fuzz(options.seed, options.cases, options.jobs, pieces)
+    if pieces is not None:
         Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+        pieces.unlink()
     print(json.dumps({k: v for k, v in report.items() if k != "failures"}, indent=2))
     for failure in report["failures"]:
         print(failure["case"], failure["format"], failure["outcome"], failure["why"])

@@ -33,6 +33,30 @@ def test_twenty_thousand_mutants():
     assert_clean(fuzz.fuzz(SEED + 1, 20_000))
 
 
+def test_a_run_that_was_stopped_continues(tmp_path, monkeypatch):
+    """Finished pieces are not run again, and the report is that of one run."""
+    monkeypatch.setattr(fuzz, "_PIECE", 20)
+    whole = fuzz.fuzz(SEED, 70)
+    run, ranges, pieces = fuzz.run, [], tmp_path / "pieces"
+
+    def run_two(seed, start, stop):
+        if len(ranges) == 2:
+            raise KeyboardInterrupt
+        ranges.append((start, stop))
+        return run(seed, start, stop)
+
+    monkeypatch.setattr(fuzz, "run", run_two)
+    with pytest.raises(KeyboardInterrupt):
+        fuzz.fuzz(SEED, 70, pieces=pieces)
+    pieces.write_text(pieces.read_text() + '{"seed": 1, "ran')  # cut off in a write
+    monkeypatch.setattr(fuzz, "run", run)
+    other_seed = fuzz._read_pieces(pieces, SEED + 1)
+    resumed = fuzz.fuzz(SEED, 70, pieces=pieces)
+    assert ranges == [(0, 20), (20, 40)] and other_seed == {}
+    for key in ("cases", "seed", "outcomes", "by_format", "failures"):
+        assert resumed[key] == whole[key], key
+
+
 def test_a_case_is_the_same_file_again():
     for index in range(40):
         assert fuzz.mutant(5, index) == fuzz.mutant(5, index)

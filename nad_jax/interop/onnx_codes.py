@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integers of an ONNX file as `nad_jax.export.onnx_graph` writes it.
+
+Read for an audit, so nothing but the layers' names is taken for granted: what the rest
+of the graph computes is the auditor's question. The file is data: it is parsed, never
+run, and arrays kept in other files are refused.
+"""
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nad_jax import errors
+from nad_jax.core import quantization
+from nad_jax.interop import bounded_file
+
+_LAYER_OPS = ("Conv", "Gemm", "MatMul")
+# Bits of a code by the names of NumPy's and ml_dtypes' types.
+_WIDTHS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
+
+
+class OnnxCodes(NamedTuple):
+    """What an ONNX file says about a quantized model.
+
+    Attributes:
+      codes: Layer name -> int8 or uint8, in Flax's layout `[*window, Cin, Cout]`.
+      quant_params: Layer name -> grid of the kernel, of the kernel's rank.
+      storage_bits: Layer name -> 4 or 8, width of the type the codes are stored in.
+      act_params: Layer name -> grid of the layer's input.
+      act_bits: Width of those grids, None where there are none.
+      image_shape: `(H, W, C)`.
+      metadata: Texts stored with the model.
+      model: The parsed `onnx.ModelProto`.
+    """
+
+    codes: dict[str, np.ndarray]
+    quant_params: dict[str, quantization.QuantParams]
+    storage_bits: dict[str, int]
+    act_params: dict[str, quantization.QuantParams]
+    act_bits: int | None
+    image_shape: tuple[int, ...]
+    metadata: dict[str, str]
+    model: Any
+
+
+def read_onnx(path: str | os.PathLike[str]) -> OnnxCodes:
+    """The codes and grids in the ONNX file at `path`.
+
+    Raises:
+      InputError: no ONNX file, one with arrays elsewhere, or one whose layers are not
+        `codes -> DequantizeLinear -> Conv, Gemm or MatMul` under this package's names;
+        or the package onnx is not installed.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise errors.InputError(
+            f"reading ONNX needs the package onnx; install nad_jax[export] ({error})"
+        ) from None
+    with bounded_file.BoundedFile(path) as file:
+        data = file.read(0, file.size)
+        label = file.label
+    try:
+        model = onnx.load_model_from_string(data)
+        elsewhere = [
+            tensor.name
+            for tensor in model.graph.initializer
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+        ]
+        if elsewhere:
+            raise errors.InputError(
+                f"{label}: {elsewhere[0]!r} is kept in another file"
+            )
+        arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        shape = model.graph.input[0].type.tensor_type.shape.dim
+        image_shape = tuple(int(size.dim_value) for size in shape[1:])
+        found = _layers(model.graph.node, arrays)
+    except errors.InputError:
+        raise
+    except Exception as error:  # protobuf's errors have no common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise errors.InputError(
+            f"{label}: not an ONNX model that can be read ({reason[:200]})"
+        ) from None
+    if not found[0]:
+        raise errors.InputError(
+            f"{label}: no layer's weights are codes behind a DequantizeLinear"
+        )
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return OnnxCodes(*found, image_shape, metadata, model)
+
+
+def _layers(nodes, arrays):
+    """Codes, grids, storage widths, activation grids and their width."""
+    made_by = {name: node for node in nodes for name in node.output}
+    codes, grids, widths, act_grids = {}, {}, {}, {}
+    act_widths = set()
+    for node in nodes:
+        if node.op_type not in _LAYER_OPS:
+            continue
+        weight = made_by.get(node.input[1])
+        if weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        layer = weight.output[0].removesuffix("/kernel")
+        stored, scale, zero_point = (arrays[name] for name in weight.input)
+        widths[layer] = _WIDTHS[stored.dtype.name]
+        wide = np.uint8 if stored.dtype.name.startswith("u") else np.int8
+        rank = stored.ndim
+        # Conv: [O, I, *window] -> [*window, I, O].
+        order = (*range(2, rank), 1, 0) if node.op_type == "Conv" else range(rank)
+        codes[layer] = stored.astype(wide).transpose(tuple(order))
+        channels = (1,) * (rank - 1) + (scale.size,)
+        grids[layer] = quantization.QuantParams(
+            np.asarray(scale, np.float32).reshape(channels),  # pyright: ignore
+            np.asarray(zero_point).astype(np.int32).reshape(channels),  # pyright: ignore
+        )
+        grid = _input_grid(made_by.get(node.input[0]), made_by, arrays)
+        if grid is not None:
+            act_grids[layer] = grid[0]
+            act_widths.add(grid[1])
+    if len(act_widths) > 1:
+        raise errors.InputError(f"activations of {len(act_widths)} widths in one file")
+    act_bits = act_widths.pop() if act_widths else None
+    return codes, grids, widths, act_grids, act_bits
+
+
+def _input_grid(dequantize, made_by, arrays):
+    """Grid and width of what a DequantizeLinear before a layer returns."""
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    scale, zero_point = (arrays[name] for name in dequantize.input[1:])
+    params = quantization.QuantParams(
+        np.asarray(scale, np.float32).reshape(()),  # pyright: ignore
+        np.asarray(zero_point).astype(np.int32).reshape(()),  # pyright: ignore
+    )
+    bits = 8
+    clip = made_by.get(made_by[dequantize.input[0]].input[0])
+    if clip is not None and clip.op_type == "Clip":
+        high = float(arrays[clip.input[2]]) / float(scale) + float(params.zero_point)
+        bits = round(math.log2(high + 1))
+    return params, bits
