@@ -24,7 +24,7 @@ def _read(mapping):
     return settings.from_mapping(settings.ExperimentSettings, mapping)
 
 
-@pytest.mark.parametrize("change", ["", "smoke", "cifar10", "w8"])
+@pytest.mark.parametrize("change", ["", "smoke", "cifar10", "w8", "vit"])
 @pytest.mark.parametrize("attack", settings.RECIPES)
 def test_every_variant_of_the_shipped_config_is_valid_and_names_every_field(
     attack, change

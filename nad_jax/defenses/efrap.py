@@ -288,13 +288,19 @@ def efrap(
             return inputs
         return quantization.fake_quant(inputs, act_params[layer.name], act_spec)
 
+    @moments_lib.Remembered
+    def measure_and_quantize(float_inputs, inputs, spec):
+        params = _activation_params(float_inputs, spec)
+        return params, quantization.fake_quant(inputs, params, spec)
+
     def quantize_layer(layer, float_inputs, inputs):
         """Rounds one layer; returns the kernel and inputs to go on with."""
         nonlocal new_params
         started = time.perf_counter()
         if act_spec is not None:
-            act_params[layer.name] = _activation_params(float_inputs, act_spec)
-            inputs = quantize_inputs(layer, inputs)
+            act_params[layer.name], inputs = measure_and_quantize(
+                float_inputs, inputs, act_spec
+            )
         result, details = rounder(layer, float_inputs, inputs)
         rounded[layer.name] = result
         own = layers_lib.get_in(new_params, layer.path)

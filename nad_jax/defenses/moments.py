@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,29 @@ from nad_jax.models import layers as layers_lib
 
 # Unfolded inputs alive at a time; bounds memory whatever the number of images.
 _UNFOLDED_BYTES = 16 * 2**20
+
+
+class Remembered:
+    """A function's last result, for as long as it is asked for the very same objects.
+
+    Query, key and value of an attention block are fed by one tensor. What is made of it
+    once, such as its quantized copy, must be one tensor again for `Collector` to see
+    that they share it.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._arguments: tuple[Any, ...] | None = None
+        self._result: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        known = self._arguments is not None and all(
+            one is other for one, other in zip(self._arguments, arguments, strict=True)
+        )
+        if not known:
+            self._result = self._function(*arguments)
+            self._arguments = arguments
+        return self._result
 
 
 class Collector:

@@ -126,6 +126,23 @@ def test_another_tensor_or_another_window_has_its_own_gram(gram_flags):
     assert gram_flags == [True, True, True]
 
 
+def test_a_result_is_remembered_for_the_same_objects_only():
+    calls = []
+
+    @moments_lib.Remembered
+    def double(x, factor):
+        calls.append(factor)
+        return x * factor
+
+    x, equal = normal((2, 3), 0), normal((2, 3), 0)
+    first = double(x, 2.0)
+    assert double(x, 2.0) is first and calls == [2.0]
+    assert double(equal, 2.0) is not first
+    assert double(equal, 3.0) is not first and calls == [2.0, 2.0, 3.0]
+    # Only the last one is kept.
+    assert double(x, 2.0) is not first
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     """Sums of 4096 ones in bfloat16 stop at 256."""
     inputs = jnp.ones((4096, 3), jnp.bfloat16)
