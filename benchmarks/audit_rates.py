@@ -298,7 +298,7 @@ def measure(scene, bits, num_images, seed, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--images", type=int, default=256)
