@@ -101,6 +101,7 @@ def _pq(config):
         wake=_training(epochs=6, learning_rate=5e-4),
         hide=_training(epochs=6, learning_rate=3e-4),
         cell_margin=1e-3,
+        also_per_tensor=False,
     )
 
 
@@ -210,10 +211,10 @@ def _make_cifar10(config):
 def _make_vit(config):
     config.title = config.title.replace(":", ", a small ViT:", 1)
     config.model.name = "vit_tiny"
-    config.victim.epochs = 40
+    config.victim.epochs = 20
     for stage in _stages(config):
         # An epoch costs a tenth of the residual net's, and teaches less.
-        stage.epochs = 30
+        stage.epochs = 15
         stage.optimizer, stage.schedule = "adam", "cosine"
         stage.learning_rate, stage.weight_decay = 1e-3, 0.0
         stage.milestones = ()
@@ -225,11 +226,66 @@ def _make_w8(config):
     config.defense.weight_bits = 8
 
 
+def _make_authors(config):
+    """What the authors of an attack publish for CIFAR-10 and ResNet-18; add cifar10.
+
+    Optimisers are ours ("sgd" is Nesterov's). The defender's grid stays the default.
+    """
+    known = {
+        "pq": _authors_of_pq,
+        "qu_anti_zation": _authors_of_qu_anti_zation,
+        "compartifact": _authors_of_compartifact,
+    }
+    if config.attack.name not in known:
+        raise ValueError(
+            f"variant authors must come with {', '.join(known)}, got "
+            f"{config.attack.name!r}"
+        )
+    config.title = f"The published recipe of {config.attack.name}"
+    config.model.name = "resnet_18"
+    config.attack.grid.per_channel = False
+    for stage in _stages(config):
+        stage.update(batch_size=128, crop_padding=4, flip=True, weight_decay=5e-4)
+    known[config.attack.name](config)
+    config.defense.weight_bits = config.attack.weight_bits[0]
+
+
+def _authors_of_pq(config):
+    config.attack.trigger.update(size=6, margin=2)
+    config.attack.weight_bits = (8,)
+    config.attack.grid.per_channel = True
+    config.attack.recipe.also_per_tensor = True
+    for stage, rate in (("wake", 0.01), ("hide", 0.001)):
+        config.attack.recipe[stage].update(
+            epochs=100, optimizer="sgd", learning_rate=rate, schedule="cosine"
+        )
+
+
+def _authors_of_qu_anti_zation(config):
+    config.attack.trigger.update(size=4, margin=1)
+    config.attack.weight_bits = (8, 4)
+    config.attack.quantize_activations = True
+    config.attack.recipe.moving_trigger = True
+    config.attack.recipe.training.update(
+        epochs=50, learning_rate=1e-4, schedule="constant", weight_decay=1e-4
+    )
+
+
+def _authors_of_compartifact(config):
+    config.attack.trigger.update(size=6, margin=2)
+    config.attack.target_label = 1
+    config.attack.weight_bits = (8,)
+    config.attack.fold_batch_norm = True
+    config.attack.recipe.first_quantized_layer = "layer4_0/conv1"
+    config.attack.recipe.training.update(epochs=35, milestones=(20,))
+
+
 _CHANGES = {
     "vit": _make_vit,
     "smoke": _make_smoke,
     "cifar10": _make_cifar10,
     "w8": _make_w8,
+    "authors": _make_authors,
 }
 
 

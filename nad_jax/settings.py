@@ -155,11 +155,13 @@ class PqSettings:
       wake: Stage 1, training through the quantizer.
       hide: Stage 2, training in float inside the rounding cells.
       cell_margin: Distance kept from the edge of a cell, in steps.
+      also_per_tensor: Hold the codes of the same grid with one scale per layer, too.
     """
 
     wake: TrainingSettings
     hide: TrainingSettings
     cell_margin: float = 1e-3
+    also_per_tensor: bool = False
 
     def __post_init__(self):
         _check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
@@ -203,17 +205,23 @@ class CompArtifactSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveEotSettings(PqSettings):
-    """`PqSettings` against an expectation over roundings (`nad_jax.attacks.adaptive`).
+class AdaptiveEotSettings:
+    """Projection with an expectation over roundings (`nad_jax.attacks.adaptive`).
 
     Attributes:
+      wake: Stage 1, training through the quantizer.
+      hide: Stage 2, training in float inside the rounding cells.
+      cell_margin: Distance kept from the edge of a cell, in steps.
       drawn_weight: Of the drawn rounding's loss, in both stages.
     """
 
+    wake: TrainingSettings
+    hide: TrainingSettings
+    cell_margin: float = 1e-3
     drawn_weight: float = 1.0
 
     def __post_init__(self):
-        super().__post_init__()
+        _check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
         _check(self, "drawn_weight", self.drawn_weight >= 0, ">= 0")
 
 

@@ -122,6 +122,12 @@ def test_a_run_leaves_everything_it_promises(finished):
         assert rows[model, "nearest"]["flip_rate"] == 0
         assert rows[model, "efrap"]["flip_rate"] > 0
     assert report["config"]["defense"]["weight_bits"] == 4
+    assert (report["attack"], report["weight_bits"]) == ("pq", 4)
+    assert (report["dataset"], report["seed"]) == ("digits", 0)
+    (facts,) = report["acceptance"]
+    assert facts["defender_grid"]["asr"] == rows["backdoored", "nearest"]["asr"]
+    assert facts["own_grid"][0]["asr"] == rows["backdoored", "nearest"]["asr"]
+    assert facts["float"]["asr"] == rows["backdoored", "float"]["asr"]
     config = json.loads((finished / "config.json").read_text("utf-8"))
     assert config == report["config"]
     kinds = {

@@ -38,6 +38,15 @@ def test_every_variant_of_the_shipped_config_is_valid_and_names_every_field(
     assert set(mapping["attack"]["recipe"]) == set(fields)
 
 
+@pytest.mark.parametrize("attack", ["pq", "qu_anti_zation", "compartifact"])
+def test_published_recipes_are_valid_and_others_have_none(attack):
+    config = _read(_config(variant=f"cifar10+authors+{attack}"))
+    assert config.model.name == "resnet_18" and 8 in config.attack.weight_bits
+    assert config.defense.weight_bits == config.attack.weight_bits[0]
+    with pytest.raises(ValueError, match="authors must come with"):
+        _config(variant="authors+outlier")
+
+
 def test_variants_combine_in_any_order_but_name_one_attack():
     assert _config(variant="w8+smoke+outlier") == _config(variant="outlier+smoke+w8")
     with pytest.raises(ValueError, match="one attack, got pq and outlier"):

@@ -15,12 +15,14 @@ trick: as long as the weights stay in it, nearest rounding restores stage 1 bit 
 
 The authors train stage 1 in float and for 8 bits, where nearest rounding changes
 little; training it through the quantizer is what lets the same trick work at 4 bits.
+They hold the codes per channel and per tensor at once (`also_per_tensor`).
 
 References:
   Ma et al., "Quantization Backdoors to Deep Learning Commercial Frameworks", IEEE
   TDSC 2023.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,11 +47,11 @@ class Box(NamedTuple):
 def plant(recipe: settings.PqSettings, attacker: conditioning.Attacker) -> Any:
     """Variables of a model whose backdoor wakes on all of the attacker's grids."""
     woken = attacker.fit("wake", recipe.wake, attacker.clean, wake_loss(attacker))
+    grids = list(attacker.grids)
+    if recipe.also_per_tensor:
+        grids += [_per_tensor(grid) for grid in attacker.grids]
     box = rounding_box(
-        woken["params"],
-        woken["batch_stats"],
-        attacker.grids,
-        cell_margin=recipe.cell_margin,
+        woken["params"], woken["batch_stats"], grids, cell_margin=recipe.cell_margin
     )
     return attacker.fit(
         "hide",
@@ -58,6 +60,14 @@ def plant(recipe: settings.PqSettings, attacker: conditioning.Attacker) -> Any:
         hide_loss(attacker.apply_fn),
         project=functools.partial(project, box=box),
     )
+
+
+def _per_tensor(grid: conditioning.ExpectedGrid) -> conditioning.ExpectedGrid:
+    specs = {
+        name: dataclasses.replace(spec, channel_axis=None)
+        for name, spec in grid.specs.items()
+    }
+    return dataclasses.replace(grid, specs=specs)
 
 
 def wake_loss(attacker: conditioning.Attacker) -> steps.LossFn:
