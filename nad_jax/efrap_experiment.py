@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -234,8 +233,7 @@ def _quantize_and_evaluate(
         draws = defense.stochastic_draws if name == "stochastic" else 1
         results, outcomes, seconds = [], [], []
         for draw in range(draws):
-            started = time.perf_counter()
-            result = roundings.quantize(
+            result, spent = roundings.quantize(
                 defense,
                 name,
                 scene.model,
@@ -246,10 +244,9 @@ def _quantize_and_evaluate(
                 workdir=workdir,
                 stage=f"{name}, {model_name}, seed {seed}",
             )
-            jax.block_until_ready(result.variables)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(spent)
             workdir.seconds[f"quantize/{name}"] = (
-                workdir.seconds.get(f"quantize/{name}", 0.0) + seconds[-1]
+                workdir.seconds.get(f"quantize/{name}", 0.0) + spent
             )
             with workdir.timed("evaluate"):
                 outcomes.append(scene.evaluate(result.variables, result))

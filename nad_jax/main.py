@@ -7,16 +7,23 @@ FILE is a config of your own or one of those shipped (configs/*.py), found from 
 folder. Results go to DIR, by default runs/<config>-<time>. Repeating a command with the
 same --workdir continues where it stopped. Exit code 0: done (vet: accepted, audit:
 honest); 1: vet rejected the model, audit found something; 2: something you can mend, in
-one line; 130: interrupted.
+one line.
+
+Ctrl-C (SIGINT) or SIGTERM: the step at work is finished and committed, one line says
+so, and the exit code is 130 after SIGINT and 0 after SIGTERM, which is how schedulers
+ask for the machine. A run is finished when report.json is there. A second signal stops
+at once, with 128 + its number; nothing that was committed is lost by that either.
 """
 
+import contextlib
 import datetime
 import os
 import pathlib
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # XLA says of every program in its cache, in a page of text, that it was compiled for
@@ -44,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     except errors.InputError as error:
         print(f"nad_jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("nad_jax: interrupted before the run began", file=sys.stderr)
+        return 130
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, str]:
@@ -146,43 +156,84 @@ def _run(config: Any, path: str, argv: Sequence[str]) -> int:
         config = zoo.resolve(config)
     environment.use_cpu_cores()
     environment.enable_compile_cache()
-    stop = _StopFlag()
-    workdir = workdir_lib.Workdir(
-        path, dataclasses.asdict(config), should_stop=stop.is_set
-    )
-    try:
-        command = " ".join(["python -m nad_jax.main", *argv[1:]])
-        judges = {"audit": audit_experiment, "vet": vet_experiment}
-        if config.job in judges:
-            judge = judges[config.job]
-            return judge.exit_code(judge.run(config, workdir, command=command))
-        experiments = {"efrap": efrap_experiment, "nad": nad_experiment}
-        experiments[config.job].run(config, workdir, command=command)
-    except (workdir_lib.Interrupted, KeyboardInterrupt) as interruption:
-        reason = str(interruption) or "stopped at once"
-        print(f"nad_jax: interrupted: {reason}; {path} is usable", file=sys.stderr)
-        return 130
-    finally:
-        workdir.close()
+    with _stop_requests() as stop:
+        workdir = workdir_lib.Workdir(
+            path, dataclasses.asdict(config), should_stop=stop.is_set
+        )
+        try:
+            command = " ".join(["python -m nad_jax.main", *argv[1:]])
+            judges = {"audit": audit_experiment, "vet": vet_experiment}
+            if config.job in judges:
+                judge = judges[config.job]
+                return judge.exit_code(judge.run(config, workdir, command=command))
+            experiments = {"efrap": efrap_experiment, "nad": nad_experiment}
+            experiments[config.job].run(config, workdir, command=command)
+        except workdir_lib.Interrupted as interruption:
+            print(
+                f"nad_jax: interrupted: {interruption}; the same command with "
+                f"--workdir={path} goes on from there",
+                file=sys.stderr,
+            )
+            return 0 if stop.number == signal.SIGTERM else 128 + signal.SIGINT
+        finally:
+            workdir.close()
     return 0
 
 
-class _StopFlag:
-    """Set by the first SIGINT or SIGTERM; the second SIGINT stops at once."""
+class _StopRequest:
+    """Whether a signal has asked to stop.
+
+    Attributes:
+      number: Of the first signal, 0 before it.
+    """
 
     def __init__(self):
-        self._set = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame):
-        del frame
-        if self._set and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._set = True
+        self.number = 0
 
     def is_set(self) -> bool:
-        return self._set
+        return self.number != 0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[_StopRequest]:
+    """Turns the first SIGINT or SIGTERM into a request; the second ends the process.
+
+    A handler in Python runs when the main thread next does, which may be minutes away
+    while XLA compiles. So a thread of its own waits for what the signals write to a
+    pipe.
+    """
+    request = _StopRequest()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def listen():
+        while received := os.read(reading, 1):
+            if received[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if request.is_set():
+                os.write(2, b"nad_jax: stopped at once\n")
+                os._exit(128 + received[0])
+            request.number = received[0]
+        os.close(reading)
+
+    def ignore(number, frame):
+        del number, frame
+
+    earlier_pipe = signal.set_wakeup_fd(writing)
+    earlier = {
+        number: signal.signal(number, ignore)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield request
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(earlier_pipe)
+        os.close(writing)
+        listener.join()
 
 
 if __name__ == "__main__":

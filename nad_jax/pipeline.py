@@ -97,16 +97,17 @@ def train(
     project: Callable[[Any], Any] | None = None,
     make_batch: loop.MakeBatch | None = None,
 ) -> Any:
-    """Variables after one stage of training on all of `dataset`.
+    """Variables after one training on all of `dataset`, in the open stage of `workdir`.
 
-    `make_batch` stands in for the augmentation that `training` asks for.
+    `make_batch` stands in for the augmentation that `training` asks for. A killed
+    training goes on from its last commit when the command is repeated.
     """
     tx = optimizers.build(training, num_examples=len(dataset))
     progress = workdir.progress(stage, training.epochs)
-    last: dict[str, float] = {}
+    memory = loop.Memory()
 
     def on_epoch(state, metrics):
-        last.update(metrics)
+        memory.notes["loss"] = metrics["loss"]
         workdir.record("epoch", stage=stage, epoch=int(state.epoch), **metrics)
         progress.advance(f"loss {metrics['loss']:.4f}")
 
@@ -122,11 +123,13 @@ def train(
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=on_epoch,
             should_stop=workdir.should_stop,
+            commits=workdir.commits(stage),
+            memory=memory,
             mesh=sharding.mesh_for_batch(min(training.batch_size, len(dataset))),
         )
     except loop.TrainingInterrupted as interruption:
         raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None
-    progress.done(f"{training.epochs} epochs, loss {last['loss']:.4f}")
+    progress.done(f"{training.epochs} epochs, loss {memory.notes['loss']:.4f}")
     return sharding.unreplicate(state_lib.variables(state))
 
 

@@ -107,10 +107,8 @@ class Stages:
                 f"{name}, {patient.name} model, seed {patient.seed}",
                 self._defense.training.epochs,
             )
-            last: dict[str, float] = {}
 
             def on_epoch(variables, metrics):
-                last.update(metrics)
                 # Of the curve of connectivity only a point is ever used.
                 if self._evaluate is not None and name != "mode_connectivity":
                     rates = self._evaluate(variables)
@@ -127,10 +125,11 @@ class Stages:
                     key=patient.key,
                     on_epoch=on_epoch,
                     should_stop=workdir.should_stop,
+                    commits=workdir.commits,
                 )
             except loop.TrainingInterrupted as interruption:
                 raise workdir_lib.Interrupted(f"{full_name}: {interruption}") from None
-            progress.done(f"loss {last['loss']:.4f}")
+            progress.done(f"loss {defended.history[-1]['loss']:.4f}")
             return defended.variables
 
         variables = workdir.stage(full_name, patient.net.variables, compute)

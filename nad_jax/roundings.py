@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import settings
+from nad_jax import settings, solved_layers
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import quantization
@@ -21,6 +23,8 @@ from nad_jax.models import layers as layers_lib
 from nad_jax.training import evaluation
 
 EVAL = {"train": False}
+# What takes long enough to be a stage of the workdir.
+_SOLVED = ("coordinate", "adam")
 
 
 def act_spec(
@@ -106,8 +110,11 @@ def quantize(
     key: jax.Array,
     workdir: workdir_lib.Workdir,
     stage: str,
-) -> efrap_lib.Quantized:
-    """The model, rounded by the rounding called `name`.
+) -> tuple[efrap_lib.Quantized, float]:
+    """The model, rounded by the rounding called `name`, and the seconds that took.
+
+    What is solved layer by layer is a stage of the workdir, and goes on after the last
+    layer committed; the others are done anew.
 
     Args:
       defense: The grid and the settings of all roundings.
@@ -117,7 +124,7 @@ def quantize(
       images: Calibration images.
       layers: From `find_layers`.
       key: Randomness of "stochastic" and "adam".
-      workdir: Records each layer under the name `stage`, and may ask to stop.
+      workdir: Keeps layers, records each under the name `stage`, and may ask to stop.
       stage: See `workdir`.
     """
     method, flip_weight = {
@@ -125,11 +132,11 @@ def quantize(
         "efrap": ("coordinate", defense.flip_weight),
     }.get(name, (name, None))
 
-    def on_layer(report):
+    def record(report):
         workdir.record("layer", stage=stage, **dataclasses.asdict(report))
-        workdir.check_stop()
 
-    return efrap_lib.efrap(
+    run = functools.partial(
+        efrap_lib.efrap,
         model,
         variables,
         images,
@@ -145,8 +152,28 @@ def quantize(
         max_sweeps=defense.max_sweeps,
         adam=_adam(defense),
         layers=layers,
-        on_layer=on_layer,
     )
+    if method not in _SOLVED:
+        started = time.perf_counter()
+        result = run(on_layer=record)
+        jax.block_until_ready(result.variables)
+        return result, time.perf_counter() - started
+
+    solved = solved_layers.SolvedLayers(layers)
+    results = []
+
+    def solve():
+        solved.keep_in(workdir.commits("layers"), workdir)
+        results.append(run(on_layer=record, finished=solved))
+        return solved.codes
+
+    folder = re.sub(r"\W+", "-", stage)
+    solved.codes = workdir.stage(folder, solved.codes, solve, solved.notes)
+    if not results:
+        # Every layer is there, so this is one forward pass at most.
+        results.append(run(finished=solved))
+    # Taken out, since the caller adds them up by rounding.
+    return results[0], workdir.seconds.pop(folder)
 
 
 def _adam(defense: settings.EfrapSettings) -> adam_rounding.AdamSettings | None:

@@ -14,7 +14,6 @@ else: no choice depends on it.
 import dataclasses
 import hashlib
 import importlib.util
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,21 +115,18 @@ def run(
 
     def rounded(name, row_name, variables):
         workdir.check_stop()
-        started = time.perf_counter()
-        with workdir.timed(f"quantize/{row_name}"):
-            result = roundings.quantize(
-                config.defense,
-                name,
-                scene.model,
-                variables,
-                calibration,
-                layers=scene.layers,
-                key=rounding_key,
-                workdir=workdir,
-                stage=row_name,
-            )
-            jax.block_until_ready(result.variables)
-        seconds = time.perf_counter() - started
+        result, seconds = roundings.quantize(
+            config.defense,
+            name,
+            scene.model,
+            variables,
+            calibration,
+            layers=scene.layers,
+            key=rounding_key,
+            workdir=workdir,
+            stage=row_name,
+        )
+        workdir.seconds[f"quantize/{row_name}"] = seconds
         layers.extend(
             roundings.layer_entries(
                 result, seed=config.seed, row=row_name, model_name="given"
@@ -294,6 +290,7 @@ def _repair(config, scene, workdir, given, clean_key, repair_key) -> tuple[Any, 
             key=repair_key,
             on_epoch=on_epoch,
             should_stop=workdir.should_stop,
+            commits=workdir.commits,
         )
         progress.done(f"{len(data.labels)} clean images")
         return defended.variables

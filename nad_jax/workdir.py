@@ -3,29 +3,61 @@
 
     config.json     the resolved configuration; a different one is refused
     metrics.jsonl   one line per epoch, layer and row, as they happen
-    checkpoints/    finished stages (Orbax); a repeated command does not repeat them
+    checkpoints/    finished stages; a repeated command does not repeat them. NAME is
+                    a finished one, NAME.unfinished the commits of one at work
+    lock            held by the process at work here
     report.json     written last, atomically
     report.html
 
-Everything is append-only or replaced atomically, so an interrupted run leaves files
-that are true as far as they go.
+A repeated command goes on from the last commit, and ends with the files of a run that
+was never stopped, times apart. For metrics.jsonl that is so because each commit holds
+the lines of its stage: the file is written anew from them.
 """
 
 import contextlib
+import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+import re
+import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nad_jax import errors
 from nad_jax.report import schema
 
+if TYPE_CHECKING:
+    from nad_jax.training import commits as commits_lib
+
 
 class Interrupted(Exception):
     """The user asked to stop; the message says what is safe."""
+
+
+@dataclasses.dataclass
+class _Stage:
+    """The stage at work.
+
+    Attributes:
+      name: Folder under checkpoints/.
+      start: Length of metrics.jsonl when it began, in bytes.
+      lines: What it has added since, in this run or in those it continues.
+      seconds: Spent by the runs it continues.
+      began: When this run began it, by `time.perf_counter`.
+      parts: Names of its trainings so far.
+    """
+
+    name: str
+    start: int
+    lines: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    parts: set[str] = dataclasses.field(default_factory=set)
 
 
 class Workdir:
@@ -47,23 +79,31 @@ class Workdir:
         self.path = pathlib.Path(path)
         self.seconds: dict[str, float] = {}
         self.should_stop = should_stop
+        self._stage: _Stage | None = None
         config = schema.plain(config, "config")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            stored = self._stored_config()
-            if stored is None:
-                schema.write_json(self.path / "config.json", config)
-            elif stored != config:
+        with contextlib.ExitStack() as on_failure:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = on_failure.enter_context(_lock(self.path))
+                self._check_config(config)
+                # Unwritable files should be known before the work, not after.
+                self._metrics = open(self.path / "metrics.jsonl", "wb")
+            except OSError as error:
                 raise errors.InputError(
-                    f"workdir {self.path} belongs to another configuration "
-                    f"({_difference(stored, config)}); use another --workdir"
-                )
-            # Unwritable files should be known before the work, not after.
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
-        except OSError as error:
+                    f"workdir {self.path} cannot be written: {error.strerror or error}"
+                ) from None
+            on_failure.pop_all()
+
+    def _check_config(self, config: Any) -> None:
+        """Raises InputError if the folder belongs to another configuration."""
+        stored = self._stored_config()
+        if stored is None:
+            schema.write_json(self.path / "config.json", config)
+        elif stored != config:
             raise errors.InputError(
-                f"workdir {self.path} cannot be written: {error.strerror or error}"
-            ) from None
+                f"workdir {self.path} belongs to another configuration "
+                f"({'; '.join(_differences(stored, config))}); use another --workdir"
+            )
 
     def _stored_config(self) -> Any:
         try:
@@ -77,13 +117,27 @@ class Workdir:
             ) from None
 
     def close(self) -> None:
-        self._metrics.close()
+        # What a full disk did not take was reported by `record`.
+        with contextlib.suppress(OSError):
+            self._metrics.close()
+        self._lock.close()
 
     def record(self, kind: str, **values: Any) -> None:
         """Appends a line to metrics.jsonl; a line is whole or absent."""
         line = json.dumps(schema.plain({"kind": kind, **values}), allow_nan=False)
-        self._metrics.write(line + "\n")
-        self._metrics.flush()
+        self._write([line])
+
+    def _write(self, lines: list[str]) -> None:
+        if self._stage is not None:
+            self._stage.lines += lines
+        try:
+            self._metrics.write("".join(f"{line}\n" for line in lines).encode())
+            self._metrics.flush()
+        except OSError as error:
+            raise errors.InputError(
+                f"{self._metrics.name} cannot be written: {error.strerror}; what was "
+                "committed is kept"
+            ) from None
 
     def say(self, text: str) -> None:
         """A plain line for the user."""
@@ -96,7 +150,7 @@ class Workdir:
     def check_stop(self) -> None:
         """Raises `Interrupted` if the user asked to stop."""
         if self.should_stop():
-            raise Interrupted("stopped; finished stages are kept")
+            raise Interrupted("stopped; what was finished is kept")
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -108,27 +162,123 @@ class Workdir:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
-    def stage(self, name: str, like: Any, compute: Callable[[], Any]) -> Any:
+    def stage(
+        self,
+        name: str,
+        like: Any,
+        compute: Callable[[], Any],
+        notes: dict[str, Any] | None = None,
+    ) -> Any:
         """The result of `compute`, from the checkpoint if the stage was finished.
 
         Args:
           name: Folder under checkpoints/.
           like: Pytree of arrays with the result's structure, shapes and dtypes.
-          compute: Does the work.
+          compute: Does the work; it may keep what it has done in `commits`.
+          notes: Belongs to the result: what JSON can hold, put in by `compute`, or else
+            from the checkpoint.
         """
         from nad_jax.training import checkpoints
 
+        notes = {} if notes is None else notes
         folder = self.path / "checkpoints" / name
         if checkpoints.steps(folder):
             result, metadata = checkpoints.restore(folder, like)
             self.seconds[name] = metadata["seconds"]
+            # Version 0.1.0 kept none.
+            self._write(metadata.get("lines", []))
+            notes.update(metadata.get("notes", {}))
             self.say(f"{name}: restored from {folder}")
-            return result
-        self.check_stop()
-        with self.timed(name):
-            result = compute()
-        checkpoints.save(folder, 0, result, {"seconds": self.seconds[name]})
+        else:
+            self.check_stop()
+            with self._open(name) as stage:
+                result = compute()
+                self.seconds[name] = _seconds(stage)
+            metadata = {
+                "seconds": self.seconds[name],
+                "lines": stage.lines,
+                "notes": notes,
+            }
+            checkpoints.save(folder, 0, result, metadata)
+        checkpoints.tidy(folder)
+        shutil.rmtree(self._unfinished(name), ignore_errors=True)
         return result
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[_Stage]:
+        if self._stage is not None:
+            raise RuntimeError(f"stage {name} inside of stage {self._stage.name}")
+        self._stage = _Stage(name, self._metrics.tell())
+        try:
+            yield self._stage
+        finally:
+            self._stage = None
+
+    def _unfinished(self, name: str) -> pathlib.Path:
+        return self.path / "checkpoints" / f"{name}.unfinished"
+
+    def commits(self, part: str) -> "commits_lib.Commits":
+        """Where a part of the open stage, such as one training, keeps its commits.
+
+        Restoring one also brings metrics.jsonl and the time spent back to what they
+        were at the commit.
+
+        Args:
+          part: Its name, another one for each part.
+        """
+        from nad_jax.training import commits as commits_lib
+
+        stage = self._stage
+        if stage is None or part in stage.parts:
+            raise RuntimeError(f"no stage is open, or it has a part {part!r} already")
+        stage.parts.add(part)
+        folder = self._unfinished(stage.name) / re.sub(r"[^\w.-]+", "-", part)
+
+        def recall(remembered: dict[str, Any]) -> None:
+            stage.began = time.perf_counter()
+            stage.seconds = remembered["seconds"]
+            stage.lines = []
+            self._metrics.seek(stage.start)
+            self._metrics.truncate()
+            self._write(remembered["lines"])
+            self.say(f"{part}: goes on from {folder}")
+
+        return commits_lib.Commits(
+            folder,
+            remember=lambda: {"lines": stage.lines, "seconds": _seconds(stage)},
+            recall=recall,
+        )
+
+
+def _seconds(stage: _Stage) -> float:
+    return stage.seconds + time.perf_counter() - stage.began
+
+
+def _lock(folder: pathlib.Path) -> Any:
+    """The open lock file of a folder; nobody else has it until it is closed.
+
+    The kernel gives the lock up when its process dies, so none is ever stale.
+
+    Raises:
+      InputError: another process has it.
+      OSError: no file can be made or locked there.
+    """
+    path = folder / "lock"
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise errors.InputError(
+            f"workdir {folder} is in use by {holder}; wait for it, or use another "
+            "--workdir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 class Progress:
@@ -157,10 +307,17 @@ class Progress:
         print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
 
 
-def _difference(stored: Any, config: Any, where: str = "config") -> str:
-    """The first key in which two configurations differ."""
-    if isinstance(stored, dict) and isinstance(config, dict):
-        for key in [*stored, *config]:
-            if stored.get(key) != config.get(key):
-                return _difference(stored.get(key), config.get(key), f"{where}.{key}")
-    return f"{where} was {stored!r}, now {config!r}"
+def _differences(stored: Any, config: Any, where: str = "config") -> list[str]:
+    """Every key in which two configurations differ, with both values."""
+    if not (isinstance(stored, dict) and isinstance(config, dict)):
+        return [f"{where} was {stored!r}, now {config!r}"]
+    differences = []
+    for key in dict.fromkeys([*stored, *config]):
+        name = f"{where}.{key}"
+        if key not in config:
+            differences.append(f"{name} was {stored[key]!r}, now absent")
+        elif key not in stored:
+            differences.append(f"{name} was absent, now {config[key]!r}")
+        elif stored[key] != config[key]:
+            differences += _differences(stored[key], config[key], name)
+    return differences

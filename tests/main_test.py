@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: mistakes are one line and exit code 2; the smoke run is whole."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -153,27 +155,57 @@ def test_a_repeated_command_gives_the_same_rows_without_training(finished):
     assert before == after
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_is_usable_and_can_be_finished(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
+@contextlib.contextmanager
+def _running(path, *arguments):
+    """A run without an end, in its first epoch, and the file of its stderr."""
+    metrics = path / "metrics.jsonl"
     # To a file: nobody reads a pipe while the test waits, and a full one blocks.
     with (
-        (tmp_path / "stderr").open("w+") as stderr,
-        _start(tmp_path, "--config.victim.epochs=100000", stderr=stderr) as process,
+        (path / "stderr").open("w+") as stderr,
+        _start(path, *arguments, stderr=stderr) as process,
     ):
         try:
             deadline = time.monotonic() + 400
             while not metrics.exists() or not metrics.stat().st_size:
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=120)
+            yield process, stderr
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+)
+def test_a_signal_commits_and_the_same_command_goes_on(tmp_path, number, code):
+    """One line each way; and the next run begins where this one ended."""
+    command = (tmp_path, "--config.victim.epochs=100000")
+    with _running(*command) as (process, stderr):
+        process.send_signal(number)
+        process.communicate(timeout=120)
         stderr.seek(0)
-        errors = stderr.read()
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].startswith("nad_jax: interrupted")
-    assert "Traceback" not in errors
+        output = stderr.read()
+    assert process.returncode == code
+    assert output.count("\n") == 1 and "goes on from there" in output
+    kept = int(re.search(r"(\d+) steps are kept", output)[1])
     assert not (tmp_path / "report.json").exists()
-    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["title"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == kept // 20
+    with _start(*command, stderr=subprocess.DEVNULL) as process:
+        assert any("goes on from" in line for line in process.stdout)
+        process.kill()
+    again = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert again[: len(lines)] == lines
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tmp_path):
+    """Two in one go: the first cannot have been acted on yet."""
+    with _running(tmp_path, "--config.victim.epochs=100000") as (process, stderr):
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+        stderr.seek(0)
+        assert process.returncode in (130, 143)
+        assert stderr.read() == "nad_jax: stopped at once\n"

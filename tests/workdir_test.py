@@ -2,6 +2,9 @@
 """What is in a workdir is true, and a second run builds on it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +25,14 @@ def test_lines_of_metrics_are_whole_and_in_order(tmp_path):
 def test_another_configuration_is_refused_and_the_difference_named(tmp_path):
     workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
     workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
-    with pytest.raises(errors.InputError, match=r"config\.a\.b was 1, now 2"):
-        workdir.Workdir(tmp_path, {"a": {"b": 2}, "c": (1, 2)})
+    with pytest.raises(errors.InputError) as caught:
+        workdir.Workdir(tmp_path, {"a": {"b": 2, "new": 3}, "d": None})
+    assert (
+        "(config.a.b was 1, now 2; config.a.new was absent, now 3; "
+        "config.c was [1, 2], now absent; config.d was absent, now None)"
+    ) in str(caught.value)
+    # A refusal leaves no lock behind, and everything as it was.
+    workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
 
 
 def test_a_damaged_config_is_refused(tmp_path):
@@ -76,4 +85,91 @@ def test_a_stop_request_prevents_the_next_stage(tmp_path):
     run = workdir.Workdir(tmp_path, {}, should_stop=lambda: True)
     with pytest.raises(workdir.Interrupted):
         run.stage("work", {}, lambda: pytest.fail("computed"))
+    run.close()
+
+
+def test_two_processes_in_one_workdir_are_one_too_many(tmp_path):
+    run = workdir.Workdir(tmp_path, {})
+    run.record("row", value=1)
+    with pytest.raises(errors.InputError, match=f"in use by process {os.getpid()} on"):
+        workdir.Workdir(tmp_path, {})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    run.close()
+    workdir.Workdir(tmp_path, {}).close()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    code = (
+        "import os, sys; from nad_jax import workdir\n"
+        "run = workdir.Workdir(sys.argv[1], {})\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert killed.returncode == -9 and (tmp_path / "lock").read_text()
+    workdir.Workdir(tmp_path, {}).close()
+
+
+def test_lines_of_a_restored_stage_stand_where_they_stood(tmp_path):
+    """Twice the same command: the same file, though nothing is computed again."""
+
+    def compute(run):
+        run.record("epoch", loss=0.1)
+        return {"x": jnp.ones(2)}
+
+    for _ in range(2):
+        run = workdir.Workdir(tmp_path, {})
+        run.record("row", name="before")
+        run.stage("work", {"x": jnp.zeros(2)}, lambda run=run: compute(run))
+        run.record("row", name="after")
+        run.close()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["kind"] for line in lines] == ["row", "epoch", "row"]
+
+
+def test_a_commit_brings_lines_and_seconds_back(tmp_path):
+    """Lines after it are cut; parts that follow see those of the parts before."""
+    like = np.zeros(1)
+
+    def first(run):
+        run.record("epoch", part=1)
+        run.commits("one").save(1, like, {})
+        run.record("epoch", part=2)
+        run.commits("two").save(1, like, {"note": 3})
+        run.record("epoch", part="lost")
+        raise KeyboardInterrupt
+
+    run = workdir.Workdir(tmp_path, {})
+    run.record("row")
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("work", like, lambda: first(run))
+    run.close()
+
+    def second(run):
+        run.record("epoch", part="stale")
+        assert run.commits("one").restore(like) is not None
+        tree, metadata = run.commits("two").restore(like)
+        assert metadata == {"note": 3}
+        run.record("epoch", part=3)
+        return tree
+
+    run = workdir.Workdir(tmp_path, {})
+    run.record("row")
+    run.stage("work", like, lambda: second(run))
+    run.close()
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line.get("part") for line in lines] == [None, 1, 2, 3]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["work"]
+
+
+def test_a_part_has_one_name_and_needs_a_stage(tmp_path):
+    run = workdir.Workdir(tmp_path, {})
+    with pytest.raises(RuntimeError, match="no stage is open"):
+        run.commits("part")
+
+    def compute():
+        run.commits("part")
+        run.commits("part")
+
+    with pytest.raises(RuntimeError, match="has a part 'part' already"):
+        run.stage("work", np.zeros(1), compute)
     run.close()

@@ -3,8 +3,8 @@
 
 A defence is a function
 
-    run(victim, clean_data, settings, *, key, on_epoch=None, should_stop=None)
-        -> Defended
+    run(victim, clean_data, settings, *, key, on_epoch=None, should_stop=None,
+        commits=None) -> Defended
 
 of the victim and of the defender's own clean images: nothing in this room ever sees
 test data or a trigger. Defences differ in their loss (`nad_jax.training.steps.LossFn`),
@@ -29,11 +29,14 @@ from nad_jax.training import (
     sharding,
     steps,
 )
+from nad_jax.training import commits as commits_lib
 from nad_jax.training import state as state_lib
 
 # (variables, means of the epoch's metrics); variables are valid during the call only.
 OnEpoch = Callable[[Any, dict[str, float]], None]
 ShouldStop = Callable[[], bool]
+# Name of one training of a defence -> where it is kept, so that a killed one can go on.
+CommitsOf = Callable[[str], commits_lib.Commits]
 
 
 class Net(NamedTuple):
@@ -151,6 +154,7 @@ def tune(
     project: Callable[[Any], Any] | None = None,
     on_epoch: OnEpoch | None = None,
     should_stop: ShouldStop | None = None,
+    commits: commits_lib.Commits | None = None,
 ) -> Defended:
     """The victim after training on clean images with the loss of a defence.
 
@@ -166,6 +170,7 @@ def tune(
       project: Applied to the params after every step.
       on_epoch: Called after each epoch.
       should_stop: Asked between programs.
+      commits: Where the training is kept, early stopping included.
 
     Returns:
       The last epoch's variables; with `tuning.patience` those of the last epoch at
@@ -183,29 +188,6 @@ def tune(
     def variables_of(state):
         return {"params": state.params, "batch_stats": state.batch_stats["batch_stats"]}
 
-    validate, best_accuracy, best, waited = None, -1.0, None, 0
-    if tuning.patience is not None:
-        validate = validation_accuracy(victim, data)
-    history = []
-
-    def after_epoch(state, metrics):
-        nonlocal best_accuracy, best, waited
-        variables = variables_of(state)
-        metrics = {"epoch": int(state.epoch), **metrics}
-        if validate is not None:
-            metrics["validation_accuracy"] = validate(variables)
-        history.append(metrics)
-        if on_epoch is not None:
-            on_epoch(variables, metrics)
-        if validate is None:
-            return
-        waited += 1
-        if metrics["validation_accuracy"] > best_accuracy:
-            best_accuracy, waited = metrics["validation_accuracy"], 0
-            best = sharding.unreplicate(jax.tree.map(jnp.copy, variables))
-        if tuning.patience is not None and waited >= tuning.patience:
-            raise _Settled
-
     start = {
         "params": victim.variables["params"],
         "batch_stats": {
@@ -213,9 +195,36 @@ def tune(
             "frozen": frozen,
         },
     }
+    first_state = state_lib.create(start, tx, key)
+    memory = loop.Memory(notes={"history": [], "best_accuracy": -1.0, "waited": 0})
+    validate = None
+    if tuning.patience is not None:
+        validate = validation_accuracy(victim, data)
+        memory.arrays = variables_of(first_state)
+
+    def after_epoch(state, metrics):
+        notes = memory.notes
+        variables = variables_of(state)
+        metrics = {"epoch": int(state.epoch), **metrics}
+        if validate is not None:
+            metrics["validation_accuracy"] = validate(variables)
+        notes["history"].append(metrics)
+        if on_epoch is not None:
+            on_epoch(variables, metrics)
+        if validate is None:
+            return
+        notes["waited"] += 1
+        if metrics["validation_accuracy"] > notes["best_accuracy"]:
+            notes["best_accuracy"] = metrics["validation_accuracy"]
+            notes["waited"] = 0
+            memory.arrays = sharding.unreplicate(jax.tree.map(jnp.copy, variables))
+        if tuning.patience is not None and notes["waited"] >= tuning.patience:
+            raise _Settled
+
+    last = None
     try:
         state = loop.fit(
-            state_lib.create(start, tx, key),
+            first_state,
             data.images,
             data.labels,
             step_fn=steps.make_train_step(
@@ -227,9 +236,13 @@ def tune(
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=after_epoch,
             should_stop=should_stop,
+            commits=commits,
+            memory=memory,
             mesh=sharding.mesh_for_batch(min(training.batch_size, len(data.labels))),
         )
         last = sharding.unreplicate(variables_of(state))
     except _Settled:
-        last = best
-    return Defended(last if best is None else best, tuple(history))
+        pass
+    return Defended(
+        last if validate is None else memory.arrays, tuple(memory.notes["history"])
+    )

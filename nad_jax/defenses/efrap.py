@@ -26,7 +26,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -83,6 +83,21 @@ class LayerReport:
     trace: tuple[float, ...] = ()
     converged: bool | None = None
     seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedLayer:
+    """A layer that need not be solved again.
+
+    Attributes:
+      codes: int8 or uint8, in the kernel's shape.
+      params: Scale and zero point of the kernel.
+      report: What happened to it.
+    """
+
+    codes: Any
+    params: quantization.QuantParams
+    report: LayerReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +204,7 @@ def efrap(
     adam: adam_rounding.AdamSettings | None = None,
     layers: list[layers_lib.Layer] | None = None,
     on_layer: Callable[[LayerReport], None] | None = None,
+    finished: MutableMapping[str, FinishedLayer] | None = None,
 ) -> Quantized:
     """Quantizes the weights (and activations) of a module, rounding by `method`.
 
@@ -214,7 +230,10 @@ def efrap(
       adam: Settings of "adam".
       layers: From `models.layers.find_layers` of this module, if at hand; several
         roundings of one module need not look for them each time.
-      on_layer: Called with each layer's report when it is done.
+      on_layer: Called with the report of each layer that is solved here.
+      finished: Layer name -> what an earlier call with the same arguments, cut short,
+        has made of the layer: taken as it is, so that the result is bitwise that of one
+        whole call. Each layer solved here is put in, after `on_layer`.
 
     Returns:
       A `Quantized`. The input variables are not changed.
@@ -279,8 +298,8 @@ def efrap(
         apply_kwargs,
     )
     new_params = dict(variables["params"])
-    rounded: dict[str, _Rounded] = {}
-    reports: dict[str, LayerReport] = {}
+    finished = {} if finished is None else finished
+    given = {layer.name for layer in layers if layer.name in finished}
     act_params: dict[str, quantization.QuantParams] = {}
 
     def quantize_inputs(layer, inputs):
@@ -301,25 +320,30 @@ def efrap(
             act_params[layer.name], inputs = measure_and_quantize(
                 float_inputs, inputs, act_spec
             )
-        result, details = rounder(layer, float_inputs, inputs)
-        rounded[layer.name] = result
         own = layers_lib.get_in(new_params, layer.path)
+        if layer.name in given:
+            kernel = _on_grid(finished[layer.name], layer, own["kernel"].dtype)
+        else:
+            result, details = rounder(layer, float_inputs, inputs)
+            kernel = result.kernel
+            report = LayerReport(
+                layer.name,
+                layer.geometry.kernel_shape,
+                specs[layer.name].bits,
+                float(result.flip_rate),
+                seconds=time.perf_counter() - started,
+                **details,
+            )
+            if on_layer is not None:
+                on_layer(report)
+            finished[layer.name] = FinishedLayer(result.codes, result.params, report)
         new_params = layers_lib.set_in(
-            new_params, layer.path, {**own, "kernel": result.kernel}
+            new_params, layer.path, {**own, "kernel": kernel}
         )
-        reports[layer.name] = LayerReport(
-            layer.name,
-            layer.geometry.kernel_shape,
-            specs[layer.name].bits,
-            float(result.flip_rate),
-            seconds=time.perf_counter() - started,
-            **details,
-        )
-        if on_layer is not None:
-            on_layer(reports[layer.name])
-        return result.kernel, inputs
+        return kernel, inputs
 
-    if method in _FLIP_WEIGHTS or act_spec is not None:
+    is_solved = len(given) == len(layers)
+    if (method in _FLIP_WEIGHTS and not is_solved) or act_spec is not None:
         layer_walk.walk(
             module,
             variables,
@@ -337,14 +361,24 @@ def efrap(
         module,
         # Of the caller's own containers, be they FrozenDicts.
         jax.tree.unflatten(structure, jax.tree.leaves(new_variables)),
-        {name: result.codes for name, result in rounded.items()},
-        {name: result.params for name, result in rounded.items()},
+        {layer.name: jnp.asarray(finished[layer.name].codes) for layer in layers},
+        {layer.name: finished[layer.name].params for layer in layers},
         specs,
-        reports,
+        {layer.name: finished[layer.name].report for layer in layers},
         act_spec,
         act_params,
         apply_kwargs,
     )
+
+
+def _on_grid(known: FinishedLayer, layer: layers_lib.Layer, dtype: Any) -> jax.Array:
+    """The kernel of a finished layer."""
+    if known.codes.shape != layer.geometry.kernel_shape:
+        raise errors.InputError(
+            f"finished codes of layer {layer.name} have shape {known.codes.shape}, its "
+            f"kernel {layer.geometry.kernel_shape}"
+        )
+    return quantization.dequantize(jnp.asarray(known.codes), known.params).astype(dtype)
 
 
 def specs_by_layer(

@@ -36,6 +36,7 @@ def run(
     key: jax.Array,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
+    commits: base.CommitsOf | None = None,
 ) -> base.Defended:
     """The victim without its quiet channels, fine-tuned; see the module docstring.
 
@@ -66,6 +67,7 @@ def run(
         project=project,
         on_epoch=on_epoch,
         should_stop=should_stop,
+        commits=None if commits is None else commits("tuned"),
     )
 
 

@@ -24,6 +24,7 @@ def run(
     key: jax.Array,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
+    commits: base.CommitsOf | None = None,
 ) -> base.Defended:
     """The victim, all layers trained on clean images with cross-entropy.
 
@@ -39,4 +40,5 @@ def run(
         key=key,
         on_epoch=on_epoch,
         should_stop=should_stop,
+        commits=None if commits is None else commits("tuned"),
     )

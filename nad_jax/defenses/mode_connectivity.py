@@ -46,6 +46,7 @@ def run(
     tuned: base.Net | None = None,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
+    commits: base.CommitsOf | None = None,
 ) -> base.Defended:
     """The net at one of `connectivity.positions` of the curve, 0 being the victim.
 
@@ -58,10 +59,16 @@ def run(
       tuned: The other end; None = the victim after fine-tuning.
       on_epoch: Called after each epoch of the curve, with the bend.
       should_stop: Asked between programs.
+      commits: Keeps both trainings.
     """
     if tuned is None:
         end = fine_tuning.run(
-            victim, clean_data, tuning, key=key, should_stop=should_stop
+            victim,
+            clean_data,
+            tuning,
+            key=key,
+            should_stop=should_stop,
+            commits=commits,
         )
         tuned = base.Net(victim.model, end.variables)
     ends = {"victim": victim.variables["params"], "tuned": tuned.variables["params"]}
@@ -87,6 +94,7 @@ def run(
         key=key,
         on_epoch=on_epoch,
         should_stop=should_stop,
+        commits=None if commits is None else commits("curve"),
     )
     points = [
         _point(victim.model, ends, curve.variables, position, clean_data, training, key)

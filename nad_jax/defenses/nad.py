@@ -43,6 +43,7 @@ def run(
     teacher: base.Net | None = None,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
+    commits: base.CommitsOf | None = None,
 ) -> base.Defended:
     """The student.
 
@@ -61,6 +62,7 @@ def run(
         have the same names and sizes.
       on_epoch: Called after each epoch of a student.
       should_stop: Asked between programs.
+      commits: Keeps the trainings of the teacher and of each student.
 
     Raises:
       InputError: a stage that does not exist, or whose map is 1x1 or constant.
@@ -73,6 +75,7 @@ def run(
             epochs=nad.teacher_epochs,
             key=key,
             should_stop=should_stop,
+            commits=commits,
         )
         teacher = base.Net(victim.model, made.variables)
     betas = mean_square_betas(victim, clean_data, nad)
@@ -102,6 +105,7 @@ def run(
             key=key,
             on_epoch=on_epoch,
             should_stop=should_stop,
+            commits=None if commits is None else commits(f"student-{factor}"),
         )
         accuracy = 0.0 if validate is None else validate(student.variables)
         students.append((accuracy, student))
@@ -119,12 +123,19 @@ def make_teacher(
     key: jax.Array,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
+    commits: base.CommitsOf | None = None,
 ) -> base.Defended:
     """The victim after so many epochs of plain fine-tuning."""
     training = dataclasses.replace(tuning.training, epochs=epochs)
     tuning = dataclasses.replace(tuning, training=training, sharpness_radius=0.0)
     return fine_tuning.run(
-        victim, clean_data, tuning, key=key, on_epoch=on_epoch, should_stop=should_stop
+        victim,
+        clean_data,
+        tuning,
+        key=key,
+        on_epoch=on_epoch,
+        should_stop=should_stop,
+        commits=commits,
     )
 
 

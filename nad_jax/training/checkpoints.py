@@ -7,10 +7,10 @@ all leaves in the order of the record, as one array. One array and not one for e
 since Orbax casts leaves to what is asked for, refuses empty ones, and reads them
 concurrently, which leaves stray errors of other threads behind when one is damaged.
 
-Ours, too: falling back to the previous step when the newest is damaged, and the choice
-of the steps to keep. Nothing is pickled. The directory is the only memory: every call
-lists it afresh, so a step that a crash took away is never asked for. One writer per
-directory.
+Ours, too: the hash of every file (`receipts`), falling back to the previous step when
+the newest is damaged, and the choice of the steps to keep. Nothing is pickled. The
+directory is the only memory: every call lists it afresh, so a step that a crash took
+away is never asked for. One writer per directory.
 """
 
 import contextlib
@@ -27,10 +27,13 @@ import jax
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.training import records
+from nad_jax.training import receipts, records
 
 _LOGGER = logging.getLogger(__name__)
 _BYTES = "bytes"  # Name of the one array in the item "arrays".
+_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+# How tensorstore speaks of the operating system.
+_OS_ERROR = re.compile(r"OS error \d+: \w+ ([^\]]+)")
 
 DirectoryPath = str | os.PathLike[str]
 
@@ -55,8 +58,9 @@ def save(
         keep_newest: how many of the newest intact steps to keep, at least 1.
 
     Raises:
-        InputError: a leaf is not an array, the metadata are not JSON, or the directory
-            already holds this step or a later one.
+        InputError: a leaf is not an array, the metadata are not JSON, the directory
+            already holds this step or a later one, or the disk does not take it; then
+            all earlier steps are as they were.
     """
     import orbax.checkpoint as ocp
 
@@ -72,24 +76,27 @@ def save(
     content = np.frombuffer(b"".join(contents.values()), np.uint8)
     if not content.size:
         raise errors.InputError(f"there is nothing to save in step {step}")
-    _make_room(root, step, tree)
-    # Ours, since Orbax's `best_fn` with `max_to_keep` deletes the newest step, and its
-    # metrics files do not survive damage.
-    scores = [*_scores(root), (step, score)]
-    keep = {kept for kept, _ in scores[-keep_newest:]} | {_best(scores)}
-    options = ocp.CheckpointManagerOptions(
-        enable_async_checkpointing=False,
-        cleanup_tmp_directories=True,
-        preservation_policy=_KeepSteps(keep),
-    )
-    with _quiet_orbax(), ocp.CheckpointManager(root, options=options) as manager:
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave({_BYTES: content}),
-                record=ocp.args.JsonSave(record),
-            ),
+    with _as_unwritable(root, step):
+        tidy(root)
+        _make_room(root, step, tree)
+        # Ours, since Orbax's `best_fn` with `max_to_keep` deletes the newest step, and
+        # its metrics files do not survive damage.
+        scores = [*_scores(root), (step, score)]
+        keep = {kept for kept, _ in scores[-keep_newest:]} | {_best(scores)}
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            preservation_policy=_KeepSteps(keep),
         )
+        with _quiet_orbax(), ocp.CheckpointManager(root, options=options) as manager:
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave({_BYTES: content}),
+                    record=ocp.args.JsonSave(record),
+                ),
+            )
+        receipts.write(root / str(step))
     if step not in steps(root):
         raise RuntimeError(f"step {step} was not saved in {root}, and Orbax was silent")
 
@@ -134,6 +141,21 @@ def steps(directory: DirectoryPath) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
+def tidy(directory: DirectoryPath) -> None:
+    """Removes what killed saves have left besides whole steps.
+
+    `save` does so first; this is for a directory that will see no further save.
+    """
+    root = _local(directory)
+    if not root.is_dir():
+        return
+    for entry in root.iterdir():
+        if _ORBAX_TEMPORARY in entry.name:
+            shutil.rmtree(entry)
+        elif receipts.is_leftover(entry.name):
+            entry.unlink()
+
+
 def best_step(directory: DirectoryPath) -> int | None:
     """Step with the largest score, the newest of equal ones; None without scores."""
     return _best(_scores(_local(directory)))
@@ -168,10 +190,11 @@ def _best(scores: list[tuple[int, float | None]]) -> int | None:
 
 
 def _scores(root: pathlib.Path) -> list[tuple[int, float | None]]:
-    """Score of every step whose record is intact."""
+    """Score of every step whose files and record are intact."""
     scores = []
     for step in steps(root):
         with contextlib.suppress(records.DamagedStep):
+            _check_files(root, step)
             scores.append((step, _read_record(root, step)["score"]))
     return scores
 
@@ -195,6 +218,7 @@ def _make_room(root: pathlib.Path, step: int, tree: Any) -> None:
 
 def _read(root: pathlib.Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     """Tree and metadata of one step, every leaf checked against its hash."""
+    _check_files(root, step)
     record = _read_record(root, step)
     leaves = records.name_leaves(like)
     records.check_leaves(record, leaves)
@@ -208,6 +232,11 @@ def _read(root: pathlib.Path, step: int, like: Any) -> tuple[Any, dict[str, Any]
         start += size
     tree = jax.tree.unflatten(jax.tree.structure(like), [values[n] for n in leaves])
     return tree, record["metadata"]
+
+
+def _check_files(root: pathlib.Path, step: int) -> None:
+    with _as_damage("receipt"):
+        receipts.check(root / str(step))
 
 
 def _read_record(root: pathlib.Path, step: int) -> dict[str, Any]:
@@ -228,6 +257,26 @@ def _read_bytes(folder: pathlib.Path, size: int) -> np.ndarray:
         if declared is None or declared[_BYTES].shape != (size,):
             raise records.DamagedStep(f"its array is not one of {size} bytes")
         return reader.restore(folder, {_BYTES: np.empty(size, np.uint8)})[_BYTES]
+
+
+@contextlib.contextmanager
+def _as_unwritable(root: pathlib.Path, step: int) -> Iterator[None]:
+    """Turns what the operating system refuses into one line, and cleans up."""
+    try:
+        yield
+    except errors.InputError:
+        raise
+    except Exception as error:
+        found = _OS_ERROR.search(str(error))
+        reason = found[1] if found else getattr(error, "strerror", None)
+        if reason is None:
+            raise
+        with contextlib.suppress(OSError):
+            tidy(root)
+        raise errors.InputError(
+            f"checkpoint {root / str(step)} cannot be written: {reason}; earlier "
+            "commits are kept"
+        ) from error
 
 
 @contextlib.contextmanager

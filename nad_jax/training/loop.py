@@ -4,9 +4,11 @@
 The data set lives on the device as uint8. One program gathers a batch, prepares it,
 and takes the step; the host only starts programs and, once per epoch, fetches the
 metrics. A batch is a function of (state.key, state.epoch, state.step) and nothing
-else, which is why continuing from a saved state is exact.
+else, which is why continuing from a saved state is exact. With `commits` the loop does
+so by itself, also in the middle of an epoch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 
 from nad_jax import errors
 from nad_jax.data import batches
+from nad_jax.training import commits as commits_lib
 from nad_jax.training import sharding, steps
 from nad_jax.training import state as state_lib
 
@@ -37,6 +40,19 @@ class TrainingInterrupted(RuntimeError):
     """`should_stop` asked to stop before the last epoch was finished."""
 
 
+@dataclasses.dataclass
+class Memory:
+    """What `on_epoch` carries from one epoch to the next; each commit holds it.
+
+    Attributes:
+        arrays: pytree of arrays whose structure, shapes and dtypes stay the same.
+        notes: what JSON can hold.
+    """
+
+    arrays: Any = ()
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def fit(
     state: state_lib.TrainState,
     images: Any,
@@ -49,6 +65,8 @@ def fit(
     steps_per_dispatch: int = 1,
     on_epoch: OnEpoch | None = None,
     should_stop: Callable[[], bool] | None = None,
+    commits: commits_lib.Commits | None = None,
+    memory: Memory | None = None,
     mesh: Mesh | None = None,
 ) -> state_lib.TrainState:
     """State after `epochs` epochs in all, those already done by `state` included.
@@ -73,14 +91,19 @@ def fit(
             or copy what is to be kept.
         should_stop: asked between programs; True raises `TrainingInterrupted`, so a
             signal handler only has to set a flag.
+        commits: where the run is kept between programs. If it holds a commit, the run
+            goes on from there, bitwise as if it had never stopped; `state` then only
+            gives shapes and dtypes.
+        memory: what `on_epoch` changes besides; a commit brings it back, in place.
         mesh: from `sharding.data_mesh`, to split each batch over devices; the states
             are then replicated over them.
 
     Raises:
         InputError: arrays, sizes or the state do not fit together.
         TrainingDiverged: a loss of the finished epoch is not finite.
-        TrainingInterrupted: `should_stop` returned True. The unfinished epoch is lost
-            on purpose: continue from the state of the last `on_epoch`.
+        TrainingInterrupted: `should_stop` returned True. With `commits` all steps done
+            are committed; without, the unfinished epoch is lost: continue from the
+            state of the last `on_epoch`.
     """
     images, labels = _resident(images, labels)
     order_of_epoch = functools.partial(
@@ -88,8 +111,13 @@ def fit(
     )
     order = jax.eval_shape(order_of_epoch, state.key, state.epoch)
     steps_per_epoch, examples_per_step = order.shape
-    _check_start(state, steps_per_epoch)
+    memory = Memory() if memory is None else memory
+    history: list[Any] = []
+    if commits is not None:
+        state, history = _restore(commits, state, memory)
     counts = _dispatch_sizes(steps_per_epoch, steps_per_dispatch)
+    # Steps of the unfinished epoch that are done.
+    position = _check_start(state, history, steps_per_epoch, counts)
     # The programs donate the state, so work on a copy, or the caller's arrays die.
     state = jax.tree.map(jnp.copy, state)
     if mesh is not None:
@@ -99,22 +127,33 @@ def fit(
 
     for epoch in range(int(state.epoch), epochs):
         order = order_of_epoch(state.key, state.epoch)
-        history = []
-        for count in counts:
-            if should_stop is not None and should_stop():
+        first_step = epoch * steps_per_epoch
+        for count in _remaining(counts, position):
+            stopping = should_stop is not None and should_stop()
+            if commits is not None and (stopping or commits.is_due()):
+                _commit(commits, first_step + position, state, memory, history)
+            if stopping:
                 raise TrainingInterrupted(
-                    f"stopped in epoch {epoch + 1} of {epochs}; the last finished "
-                    f"epoch is {epoch}"
+                    f"stopped in epoch {epoch + 1} of {epochs}; "
+                    + (
+                        f"the last finished epoch is {epoch}"
+                        if commits is None
+                        else f"{first_step + position} steps are kept"
+                    )
                 )
             state, metrics = run_steps(state, order, images, labels, count=count)
+            position += count
             history.append(metrics)
             if len(history) >= _PROGRAMS_AHEAD:
                 # The device stays busy, and a stop need not wait for a long queue.
                 jax.block_until_ready(history[-_PROGRAMS_AHEAD])
         state = state.replace(epoch=state.epoch + 1)
-        means = _epoch_means(history, epoch, first_step=epoch * steps_per_epoch)
+        means = _epoch_means(history, epoch, first_step)
+        position, history = 0, []
         if on_epoch is not None:
             on_epoch(state, means)
+        if commits is not None and commits.is_due():
+            _commit(commits, first_step + steps_per_epoch, state, memory, history)
     return state
 
 
@@ -140,14 +179,66 @@ def _order_of_epoch(
     return batches.epoch_indices(key, epoch, num_examples, batch_size)
 
 
-def _check_start(state: state_lib.TrainState, steps_per_epoch: int) -> None:
-    """Raises InputError if `state` does not stand at an epoch boundary."""
+def _restore(
+    commits: commits_lib.Commits, state: state_lib.TrainState, memory: Memory
+) -> tuple[state_lib.TrainState, list[Any]]:
+    """State and metrics of the unfinished epoch where the last commit left off."""
+    restored = commits.restore({"state": state, "memory": memory.arrays})
+    if restored is None:
+        return state, []
+    tree, metadata = restored
+    memory.arrays = tree["memory"]
+    memory.notes.clear()
+    memory.notes.update(metadata["notes"])
+    done = {
+        name: np.asarray(values, np.float64)
+        for name, values in metadata["epoch_metrics"].items()
+    }
+    return tree["state"], [done] if done else []
+
+
+def _commit(
+    commits: commits_lib.Commits,
+    step: int,
+    state: state_lib.TrainState,
+    memory: Memory,
+    history: list[Any],
+) -> None:
+    # As float64: exact for every float type, in JSON too.
+    epoch_metrics = {
+        name: values.tolist() for name, values in _concatenate(history).items()
+    }
+    metadata = {"notes": memory.notes, "epoch_metrics": epoch_metrics}
+    commits.save(step, {"state": state, "memory": memory.arrays}, metadata)
+
+
+def _check_start(
+    state: state_lib.TrainState,
+    history: list[Any],
+    steps_per_epoch: int,
+    counts: list[int],
+) -> int:
+    """Steps done of the unfinished epoch, 0 at an epoch boundary.
+
+    Raises InputError if `state` does not stand there, or not between two programs.
+    """
     step, epoch = int(state.step), int(state.epoch)
-    if step != epoch * steps_per_epoch:
+    position = sum(len(metrics["loss"]) for metrics in history)
+    starts = np.cumsum([0, *counts[:-1]])
+    if step != epoch * steps_per_epoch + position or position not in starts:
         raise errors.InputError(
             f"state at step {step}, epoch {epoch} is not at an epoch boundary of "
             f"{steps_per_epoch} steps; was batch_size or the data changed?"
         )
+    return position
+
+
+def _remaining(counts: list[int], position: int) -> list[int]:
+    """The programs of an epoch whose first `position` steps are done."""
+    starts = np.cumsum([0, *counts[:-1]])
+    return [
+        count for count, start in zip(counts, starts, strict=True) if start >= position
+    ]
 
 
 def _dispatch_sizes(steps_per_epoch: int, steps_per_dispatch: int) -> list[int]:
@@ -213,16 +304,19 @@ def _repeat(one_step: Callable[..., Any], state: Any, indices: jax.Array) -> Any
     return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
 
 
-def _epoch_means(
-    history: list[steps.Metrics], epoch: int, first_step: int
-) -> dict[str, float]:
-    """Mean of every metric over the steps of an epoch; the one fetch of the epoch."""
+def _concatenate(history: list[Any]) -> dict[str, np.ndarray]:
+    """float64 `[steps]` of every metric; {} of no steps."""
     fetched = jax.device_get(history)
     # Plain float64 sums of exact float32 values: the same however steps were grouped.
-    values = {
+    return {
         name: np.concatenate([metrics[name] for metrics in fetched]).astype(np.float64)
-        for name in fetched[0]
+        for name in (fetched[0] if fetched else ())
     }
+
+
+def _epoch_means(history: list[Any], epoch: int, first_step: int) -> dict[str, float]:
+    """Mean of every metric over the steps of an epoch; the one fetch of the epoch."""
+    values = _concatenate(history)
     bad_steps = np.flatnonzero(~np.isfinite(values["loss"]))
     if bad_steps.size:
         raise TrainingDiverged(

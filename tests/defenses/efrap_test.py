@@ -748,6 +748,53 @@ def test_an_exception_of_on_layer_ends_the_run(case, method):
     assert seen == case.layers[:2]
 
 
+@pytest.mark.parametrize("options", [{}, {"act_bits": 4}])
+@pytest.mark.parametrize("method", ["coordinate", "adam"])
+def test_a_call_cut_short_after_any_layer_goes_on_to_the_same_bits(
+    case, method, options
+):
+    """From what the first call has put into `finished`; nothing is solved twice."""
+    if method == "adam":
+        options = {**options, "adam": MINIBATCH}
+    whole = {}
+    expected = case.fresh(method, finished=whole, **options)
+    assert list(whole) == case.layers
+    for done in range(len(case.layers) + 1):
+        solved = []
+        result = case.fresh(
+            method,
+            finished={name: whole[name] for name in case.layers[:done]},
+            on_layer=lambda report, solved=solved: solved.append(report.name),
+            **options,
+        )
+        assert solved == case.layers[done:]
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            (result.variables, result.codes, result.quant_params, result.act_params),
+            (
+                expected.variables,
+                expected.codes,
+                expected.quant_params,
+                expected.act_params,
+            ),
+        )
+        for name, report in result.layers.items():
+            assert dataclasses.replace(report, seconds=0.0) == dataclasses.replace(
+                expected.layers[name], seconds=0.0
+            )
+
+
+def test_finished_codes_of_another_kernel_are_refused(case):
+    whole = {}
+    case.fresh("nearest", finished=whole)
+    first = case.layers[0]
+    cut = dataclasses.replace(whole[first], codes=whole[first].codes[:-1])
+    one_line_error(
+        lambda: case.fresh("nearest", finished={first: cut}),
+        f"layer {first} have shape",
+    )
+
+
 # ---- bad input ----
 
 

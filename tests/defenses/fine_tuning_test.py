@@ -9,7 +9,7 @@ import pytest
 
 from nad_jax import errors, settings
 from nad_jax.defenses import base, fine_tuning
-from nad_jax.training import loop
+from nad_jax.training import commits, loop
 
 KEY = jax.random.key(5)
 
@@ -86,6 +86,35 @@ def test_a_sharpness_radius_changes_the_result(victim, clean_data, tuning, tuned
 def test_it_stops_when_asked(victim, clean_data, tuning):
     with pytest.raises(loop.TrainingInterrupted):
         fine_tuning.run(victim, clean_data, tuning, key=KEY, should_stop=lambda: True)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_remembers_its_patience(
+    victim, clean_data, tuning, assert_same, tmp_path
+):
+    """Waits no longer, keeps the same best epoch, and says the same of every epoch."""
+    patient = dataclasses.replace(
+        _replace_training(tuning, epochs=9, learning_rate=1e-12), patience=3
+    )
+    expected = fine_tuning.run(victim, clean_data, patient, key=KEY)
+
+    def run(**options):
+        return fine_tuning.run(
+            victim,
+            clean_data,
+            patient,
+            key=KEY,
+            commits=lambda part: commits.Commits(tmp_path / part),
+            **options,
+        )
+
+    # Three steps an epoch: in the middle of the fourth, which is the last.
+    asked = iter([False] * 10 + [True])
+    with pytest.raises(loop.TrainingInterrupted, match="10 steps"):
+        run(should_stop=lambda: next(asked))
+    result = run()
+    assert_same(result.variables, expected.variables)
+    assert result.history == expected.history and len(result.history) == 4
 
 
 def test_clean_indices_are_disjoint_stratified_and_seeded():

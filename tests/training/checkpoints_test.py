@@ -127,7 +127,38 @@ def test_a_cut_file_is_named_and_the_previous_step_used(two_steps, caplog, fract
     assert_falls_back_to_step_1(two_steps, caplog)
 
 
-def test_changed_values_with_valid_checksums_are_noticed(two_steps, caplog):
+@pytest.fixture
+def no_receipts(two_steps):
+    """As after kills between the rename of a step and its receipt."""
+    for path in two_steps.glob("*/SHA256SUMS"):
+        path.unlink()
+
+
+def test_a_step_without_a_receipt_is_good_if_its_leaves_are(two_steps, no_receipts):
+    assert checkpoints.restore(two_steps, small_tree())[1] == {"epoch": 2}
+
+
+@pytest.mark.parametrize("change", ["edit", "remove", "add", "edit receipt", "cut"])
+def test_every_file_of_a_step_is_under_seal(two_steps, caplog, change):
+    """Also those that nothing reads; the log names the file."""
+    path = two_steps / "2" / "_CHECKPOINT_METADATA"
+    if change == "edit":
+        path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    elif change == "remove":
+        path.unlink()
+    elif change == "add":
+        (two_steps / "2" / "new").touch()
+    else:
+        path = two_steps / "2" / "SHA256SUMS"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] if change == "cut" else content[1:])
+    assert_falls_back_to_step_1(two_steps, caplog)
+    assert f"file {path.name if change != 'add' else 'new'} " in caplog.text
+
+
+def test_changed_values_with_valid_checksums_are_noticed(
+    two_steps, no_receipts, caplog
+):
     """Bytes of another save, in files that Orbax finds in perfect order."""
     other = two_steps / "other"
     checkpoints.save(other, 2, small_tree(3), {"epoch": 2})
@@ -138,7 +169,7 @@ def test_changed_values_with_valid_checksums_are_noticed(two_steps, caplog):
     assert "sha256 of" in caplog.text
 
 
-def test_a_changed_number_in_the_metadata_is_noticed(two_steps, caplog):
+def test_a_changed_number_in_the_metadata_is_noticed(two_steps, no_receipts, caplog):
     path = two_steps / "2" / "record" / "metadata"
     sealed = json.loads(path.read_text())
     sealed["metadata"]["epoch"] = 5
@@ -177,7 +208,9 @@ def test_no_flipped_bit_or_cut_anywhere_gives_other_values(two_steps, caplog):
 @pytest.mark.parametrize(
     "forged", [[], {}, {"leaves": 3}, {"leaves": {"kernel": 3}}, {"score": "x"}]
 )
-def test_a_forged_record_with_a_right_hash_is_damage(two_steps, caplog, forged):
+def test_a_forged_record_with_a_right_hash_is_damage(
+    two_steps, no_receipts, caplog, forged
+):
     path = two_steps / "2" / "record" / "metadata"
     if isinstance(forged, dict):
         honest = json.loads(path.read_text())
@@ -188,7 +221,7 @@ def test_a_forged_record_with_a_right_hash_is_damage(two_steps, caplog, forged):
     assert_falls_back_to_step_1(two_steps, caplog)
 
 
-def test_a_record_of_a_later_format_is_an_error_that_says_so(two_steps):
+def test_a_record_of_a_later_format_is_an_error_that_says_so(two_steps, no_receipts):
     path = two_steps / "2" / "record" / "metadata"
     record = json.loads(path.read_text()) | {"format": 2}
     del record["sha256"]
@@ -276,7 +309,9 @@ def test_another_model_is_an_error_and_never_a_cast(two_steps, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_shape_that_lies_is_refused_before_it_is_read(two_steps, monkeypatch):
+def test_a_shape_that_lies_is_refused_before_it_is_read(
+    two_steps, no_receipts, monkeypatch
+):
     """The record fits, the array declares another size: it is not read."""
     import orbax.checkpoint as ocp
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from nad_jax import errors
-from nad_jax.training import loop, sharding, steps
+from nad_jax.training import commits, loop, sharding, steps
 from nad_jax.training import state as state_lib
 
 EPOCHS = 3
@@ -237,6 +237,69 @@ def test_a_loss_that_is_not_finite_is_named_with_epoch_and_step():
 
     with pytest.raises(loop.TrainingDiverged, match="nan in epoch 2 at step 9;"):
         fit_visits(step_fn=steps.make_train_step(explodes, PLAIN_SGD), epochs=5)
+
+
+@pytest.mark.parametrize("programs_done", [0, 1, 3, 5, 8])
+def test_a_stopped_run_with_commits_goes_on_bitwise_exactly(
+    setting, uninterrupted, tmp_path, programs_done
+):
+    """Stopped after any step, in the middle of an epoch or at its edge.
+
+    State, metrics of the epoch that was cut in two, and what the caller remembers.
+    """
+    state, fit = setting
+    asked = iter([False] * programs_done + [True])
+    seen = loop.Memory(np.zeros(2), {"losses": []})
+
+    def run(memory, **options):
+        def on_epoch(state, metrics):
+            memory.arrays = memory.arrays + np.asarray([1.0, metrics["loss"]])
+            memory.notes["losses"].append(metrics["loss"])
+
+        return fit(
+            state,
+            commits=commits.Commits(tmp_path),
+            memory=memory,
+            on_epoch=on_epoch,
+            **options,
+        )
+
+    with pytest.raises(
+        loop.TrainingInterrupted, match=f"; {programs_done} steps are kept$"
+    ):
+        run(loop.Memory(np.zeros(2), {"losses": []}), should_stop=lambda: next(asked))
+    final = run(seen)
+    assert_equal_trees(as_numpy(final), uninterrupted[-1][0])
+    losses = [metrics["loss"] for _, metrics in uninterrupted]
+    assert seen.notes["losses"] == losses
+    assert seen.arrays.tolist() == [3.0, sum(losses[:2]) + losses[2]]
+
+
+def test_commits_happen_at_their_time_and_end_with_the_epochs(setting, tmp_path):
+    """Every step when each is due; what was committed at the end is not done again."""
+    state, fit = setting
+    kept = Eager(tmp_path)
+    fit(state, commits=kept)
+    assert kept.saved == list(range(1, 10))
+    again = Eager(tmp_path)
+    final = fit(state, commits=again, on_epoch=pytest.fail)
+    assert int(final.step) == 9 and again.saved == []
+
+
+class Eager(commits.Commits):
+    """Commits that are always due; a list of them."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.saved = []
+
+    def is_due(self):
+        return True
+
+    def save(self, step, tree, metadata):
+        if step != 0 and step not in self.saved:
+            self.saved.append(step)
+            super().save(step, tree, metadata)
 
 
 def test_stopping_is_asked_between_programs_and_keeps_whole_epochs():
