@@ -32,8 +32,8 @@ from nad_jax.training import receipts, records
 _LOGGER = logging.getLogger(__name__)
 _BYTES = "bytes"  # Name of the one array in the item "arrays".
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
-# How tensorstore speaks of the operating system.
-_OS_ERROR = re.compile(r"OS error \d+: \w+ ([^\]]+)")
+# How tensorstore speaks of errno.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 DirectoryPath = str | os.PathLike[str]
 
@@ -268,14 +268,14 @@ def _as_unwritable(root: pathlib.Path, step: int) -> Iterator[None]:
         raise
     except Exception as error:
         found = _OS_ERROR.search(str(error))
-        reason = found[1] if found else getattr(error, "strerror", None)
-        if reason is None:
+        code = int(found[1]) if found else getattr(error, "errno", None)
+        if code is None:
             raise
         with contextlib.suppress(OSError):
             tidy(root)
         raise errors.InputError(
-            f"checkpoint {root / str(step)} cannot be written: {reason}; earlier "
-            "commits are kept"
+            f"checkpoint {root / str(step)} cannot be written: "
+            f"{os.strerror(code)}; earlier commits are kept"
         ) from error
 
 

@@ -3,6 +3,7 @@
 
     python tests/training/kill_sweep.py --out results/reliability/kill_sweep.json
     python tests/training/kill_sweep.py --points 0:100 --out FILE   # a part, merged in
+    python tests/training/kill_sweep.py --points ::64 --out FILE    # a sample
 
 A shim in C (`kill_shim.c`, compiled here with cc; without cc there is no sweep) stands
 between the process and the C library, counts every write, open for writing, rename,
@@ -382,7 +383,7 @@ def summarize(cases: list[dict]) -> dict:
 def main() -> int:
     """Exit code 1 if a case is bad, 2 without a C compiler."""
     parser = argparse.ArgumentParser(description="Kill saves at every call.")
-    parser.add_argument("--points", default=":", help="slice A:B of the cases")
+    parser.add_argument("--points", default=":", help="slice A:B:STEP of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
@@ -402,13 +403,11 @@ def main() -> int:
     import result_file
 
     began = time.perf_counter()
-    first, _, last = options.points.partition(":")
+    chosen = slice(*(int(n) if n else None for n in options.points.split(":")))
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep(os.environ["LD_PRELOAD"], scratch, options.seed)
         todo = sweep.cases()
-        done = [
-            sweep.run(*case) for case in todo[int(first or 0) : int(last or len(todo))]
-        ]
+        done = [sweep.run(*case) for case in todo[chosen]]
     seconds = time.perf_counter() - began
     report = result_file.merge(
         options.out, done, seed=options.seed, planned=len(todo), seconds=seconds
