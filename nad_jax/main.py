@@ -104,14 +104,26 @@ def _resolve(argument: str) -> str:
     path, colon, variant = value.partition(":")
     if os.path.exists(path):
         return argument
+    if pathlib.Path(path).parent.name not in ("configs", ""):
+        raise errors.InputError(_not_there(path))
+    return f"{name}={shipped(pathlib.Path(path).name)}{colon}{variant}"
+
+
+def shipped(name: str) -> pathlib.Path:
+    """The shipped config file of that name.
+
+    Raises:
+      InputError: there is none.
+    """
     for folder in _SHIPPED:
-        shipped = folder / pathlib.Path(path).name
-        if pathlib.Path(path).parent.name in ("configs", "") and shipped.is_file():
-            return f"{name}={shipped}{colon}{variant}"
-    raise errors.InputError(
-        f"config file {path!r} is not there; shipped ones are "
-        f"{', '.join(f'configs/{n}' for n in _shipped_names())}"
-    )
+        if (folder / name).is_file():
+            return folder / name
+    raise errors.InputError(_not_there(name))
+
+
+def _not_there(path: str) -> str:
+    known = ", ".join(f"configs/{name}" for name in _shipped_names())
+    return f"config file {path!r} is not there; shipped ones are {known}"
 
 
 def _shipped_names() -> list[str]:

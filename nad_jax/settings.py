@@ -552,7 +552,8 @@ class RepairSettings:
       training: Optimiser, schedule and augmentation of every repair.
       nad: The attention term.
       rows: Which rows to compute for the backdoored model, of `REPAIRS`.
-      clean_model_rows: The same for the clean model, where nothing needs repair.
+      clean_model_rows: The same for the clean model, where nothing needs repair; with
+        none it is not even trained.
       clean_fraction: Share of the training set that the defender has, clean.
       validation_fraction: Share of those that is held out for decisions.
       teacher: File of a model to distil from, a state dict of PyTorch or a file of the

@@ -23,7 +23,8 @@ class Victims(NamedTuple):
     """Models of one seed.
 
     Attributes:
-      models: "backdoored" and "clean", variables each; they share their start.
+      models: "backdoored" and, where rows are wanted of it, "clean": variables each;
+        they share their start.
       trigger: What wakes the backdoored one.
     """
 
@@ -44,7 +45,8 @@ def obtain(
     """Trains the models of a seed, or takes them from where they are.
 
     Args:
-      config: Of the run; `victim_workdir` names an earlier one to take them from.
+      config: Of the run; `victim_workdir` names an earlier one to take them from. The
+        clean model is trained only if it has rows, or the attacker needs it.
       train: Clean training images.
       model: The architecture.
       workdir: Where stages are kept.
@@ -68,10 +70,13 @@ def obtain(
             steps.classification_loss(model.apply),
         )
 
-    clean = source.stage(
-        f"seed{seed}-clean", fresh, lambda: train_on(train, "clean model")
-    )
     attack = config.attack
+    needs_clean = attack.trojan is not None or attack.perturbation > 0
+    clean = None
+    if config.defense.clean_model_rows or needs_clean:
+        clean = source.stage(
+            f"seed{seed}-clean", fresh, lambda: train_on(train, "clean model")
+        )
     trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
     poison_key, trigger_key, noise_key = jax.random.split(poison_key, 3)
     if attack.trojan is not None:
@@ -100,7 +105,10 @@ def obtain(
         return train_on(dataset, "victim")
 
     backdoored = source.stage(f"seed{seed}-backdoored", fresh, train_victim)
-    return Victims({"backdoored": backdoored, "clean": clean}, trigger)
+    subjects = {"backdoored": backdoored}
+    if config.defense.clean_model_rows:
+        subjects["clean"] = clean
+    return Victims(subjects, trigger)
 
 
 def _poisoned(

@@ -183,7 +183,9 @@ def add(
         title="",
         **parsed,
         defense=settings.RepairSettings(
-            parsed["victim"], settings.NadSettings({"stage1": 0.0})
+            parsed["victim"],
+            settings.NadSettings({"stage1": 0.0}),
+            clean_model_rows=(),
         ),
         victim_workdir=str(workdir),
     )

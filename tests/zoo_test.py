@@ -37,7 +37,9 @@ def run(tmp_path_factory):
         title="",
         **parsed,
         defense=settings.RepairSettings(
-            parsed["victim"], settings.NadSettings({"stage1": 1.0})
+            parsed["victim"],
+            settings.NadSettings({"stage1": 1.0}),
+            clean_model_rows=(),
         ),
         seeds=(4,),
     )

@@ -130,6 +130,8 @@ img { display: block; max-width: 100%; background: var(--track); border-radius: 
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--acc); outline-offset: 3px; }
 .maps th, .maps td { padding: .35rem 1rem .35rem 0; vertical-align: middle; }
+.maps td { white-space: nowrap; }
+.maps img { display: inline-block; }
 .maps thead th { vertical-align: bottom; }
 .maps tbody th { min-width: 6rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; margin-bottom: 1.25rem;

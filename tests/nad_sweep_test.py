@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep: what a cell says, and that finished cells are not run again."""
+
+import json
+import xml.etree.ElementTree
+
+import pytest
+
+from nad_jax import nad_sweep
+from nad_jax.report import sweep_figure
+
+
+def _report(rates):
+    """Rates: row name -> (acc, asr) by seed."""
+    rows = [
+        {"model": "backdoored", "name": name, "seed": seed, "acc": acc, "asr": asr}
+        for name, pairs in rates.items()
+        for seed, (acc, asr) in enumerate(pairs)
+    ]
+    facts = {"attack": "blend", "dataset": "d", "poison_rate": 0.1}
+    return {**facts, "clean_fraction": 0.05, "rows": rows}
+
+
+def _cell():
+    return nad_sweep.cell(
+        _report(
+            {
+                "nad": [(0.75, 0.25), (0.5, 0.0)],
+                "fine_tuning": [(0.5, 0.5), (0.5, 1.0)],
+                "float": [(1.0, 1.0), (1.0, 1.0)],
+            }
+        )
+    )
+
+
+def test_differences_are_paired_by_seed():
+    cell = _cell()
+    assert cell["difference"]["asr"]["mean"] == (-0.25 - 1.0) / 2
+    assert cell["difference"]["asr"]["std"] == pytest.approx(0.75 / 2**0.5)
+    assert cell["difference"]["acc"]["mean"] == 0.125
+    assert cell["seeds"] == [0, 1] and cell["float"]["asr"] == [1.0, 1.0]
+
+
+def test_the_drawing_puts_a_gain_on_the_better_side():
+    root = xml.etree.ElementTree.fromstring(sweep_figure.draw([_cell()]))
+    space = "{http://www.w3.org/2000/svg}"
+    asr, acc = root.iter(f"{space}circle")
+    zero = [e for e in root.iter(f"{space}line") if e.get("stroke") == "black"]
+    assert float(asr.get("cx")) < float(zero[0].get("x1"))
+    assert float(acc.get("cx")) > float(zero[1].get("x1"))
+    assert asr.get("fill") == acc.get("fill") == "#0072b2"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--variant=huge", "variant must be"), ("--poison_rates=2", "poison_rate must")],
+)
+def test_a_wrong_argument_is_one_line(argument, message, tmp_path, capsys):
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
+    assert nad_sweep.run([*paths, argument]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_small_sweep_is_whole_and_continues(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    command = [f"--out={out}", f"--workdir={tmp_path / 'w'}", "--variant=smoke"]
+    command += ["--attacks=badnets", "--poison_rates=0.1", "--clean_fractions=0.1"]
+    command += ["--seeds=0"]
+    assert nad_sweep.run(command) == 0
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert (cell["attack"], cell["poison_rate"]) == ("badnets", 0.1)
+    gap = cell["nad"]["asr"][0] - cell["fine_tuning"]["asr"][0]
+    assert cell["difference"]["asr"] == {"mean": gap, "std": 0.0}
+    assert out.with_suffix(".svg").read_text().startswith("<svg")
+    # The clean model has no rows, so nobody trained it.
+    assert "clean model" not in capsys.readouterr().out
+    assert nad_sweep.run(command) == 0
+    assert json.loads(out.read_text())["cells"] == [cell]
+    assert "loss" not in capsys.readouterr().out
