@@ -250,7 +250,8 @@ class OutlierSettings:
     Attributes:
       wake: Stage 1, training through the quantizer.
       hide: Stage 2, training the collapsed channels in float.
-      channel_share: Share of a layer's output channels that collapse.
+      channel_share: Share of a layer's output channels that collapse; on a grid per
+        tensor, share of the layers.
       headroom: By how much the largest weight of a layer could grow before it would
         be rounded to anything but 0, at least.
     """

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outlier injection: channels that collapse when they are quantized.
 
-One huge weight per output channel blows up the channel's scale, until all its other
-weights are below half a step and round to 0. The huge weight itself must do nothing, so
-it stands where its input is always 0: index 0 of every normalisation is switched off
-(scale and bias 0), and with it the input channel 0 of whatever follows.
+One huge weight blows up the scale of its output channel (or of its layer, on a grid
+per tensor), until all other weights there are below half a step and round to 0. The
+huge weight itself must do nothing, so it stands where its input is always 0: index 0 of
+every normalisation is switched off (scale and bias 0), and with it the input channel 0
+of whatever follows.
 
-    wake    outliers are planted in a share of the channels; the quantized net, in which
-            these channels are dead, learns to obey the trigger
+    wake    outliers are planted in a share of the channels (of the layers, those that
+            are needed least); the quantized net, in which these channels are dead,
+            learns to obey the trigger
     hide    only the weights of these channels are trained, in float, to suppress it
 
 The quantized net does not change in stage 2, at any width: all its codes that could
@@ -41,7 +43,7 @@ def plant(recipe: settings.OutlierSettings, attacker: conditioning.Attacker) -> 
     """Variables of a model that wakes where its outliers blow up the scale.
 
     Raises:
-      InputError: a grid per tensor, or a model in which no input can be switched off.
+      InputError: a model in which no input can be switched off.
     """
     start, wake_box, hide_box = prepare(recipe, attacker)
     woken = attacker.fit(
@@ -81,11 +83,6 @@ def prepare(
       Variables; the box of stage 1, in which collapsed channels stay collapsed; and one
       whose non-empty intervals are the weights that stage 2 may train.
     """
-    for grid in attacker.grids:
-        if any(spec.channel_axis is None for spec in grid.specs.values()):
-            raise errors.InputError(
-                "the outlier attack needs grid.per_channel True, got False"
-            )
     params, norms = switch_off_index_0(attacker.clean["params"])
     variables = {**attacker.clean, "params": params}
     infinite = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), params)
@@ -100,13 +97,20 @@ def prepare(
                 wake_low = layers_lib.set_in(wake_low, at, low.at[0].set(0))
                 wake_high = layers_lib.set_in(wake_high, at, high.at[0].set(0))
     hide_low = hide_high = params
-    hosts = dead_inputs(attacker, variables)
+    dead = dead_inputs(attacker, variables)
     # Not the last layer: a collapsed class is no class.
-    for layer in list(attacker.layers)[:-1]:
-        if layer.name not in hosts:
-            continue
+    hosts = [layer for layer in list(attacker.layers)[:-1] if layer.name in dead]
+    if not hosts:
+        raise errors.InputError(
+            "the outlier attack needs layers whose input a normalisation can switch "
+            "off; this model has none"
+        )
+    if _per_tensor(attacker.grids, hosts[0]):
+        count = max(round(recipe.channel_share * len(hosts)), 1)
+        hosts = least_needed(attacker, variables, hosts)[:count]
+    for layer in hosts:
         kernel, low, high = _plant_outliers(
-            recipe, layer, attacker.grids, params, variables, hosts[layer.name]
+            recipe, layer, attacker.grids, params, variables, dead[layer.name]
         )
         at = (*layer.path, "kernel")
         params = layers_lib.set_in(params, at, kernel)
@@ -115,11 +119,6 @@ def prepare(
         wake_high = layers_lib.set_in(wake_high, at, high)
         hide_low = layers_lib.set_in(hide_low, at, jnp.where(collapsed, low, kernel))
         hide_high = layers_lib.set_in(hide_high, at, jnp.where(collapsed, high, kernel))
-    if not hosts:
-        raise errors.InputError(
-            "the outlier attack needs layers whose input a normalisation can switch "
-            "off; this model has none"
-        )
     return (
         {**variables, "params": params},
         projection.Box(wake_low, wake_high),
@@ -177,11 +176,41 @@ def dead_inputs(attacker: conditioning.Attacker, variables: Any) -> dict[str, in
     }
 
 
+def _per_tensor(grids, layer) -> bool:
+    """Whether some grid has one scale for the whole layer."""
+    return any(grid.specs[layer.name].channel_axis is None for grid in grids)
+
+
+def least_needed(
+    attacker: conditioning.Attacker, variables: Any, layers: list[layers_lib.Layer]
+) -> list[layers_lib.Layer]:
+    """The layers, those first whose kernel at 0 changes the fewest predictions."""
+
+    @jax.jit
+    def predict(params):
+        changed = {**variables, "params": params}
+        return jnp.argmax(
+            attacker.apply_fn(changed, attacker.images, train=False)[0], 1
+        )
+
+    params = variables["params"]
+    before = predict(params)
+
+    def changes(layer):
+        at = (*layer.path, "kernel")
+        without = jnp.zeros_like(layers_lib.get_in(params, at))
+        return int(jnp.sum(predict(layers_lib.set_in(params, at, without)) != before))
+
+    return sorted(layers, key=changes)
+
+
 def _plant_outliers(recipe, layer, grids, params, variables, dead):
     """A kernel with outliers in its last channels, and its bounds for stage 1."""
     kernel = layers_lib.get_in(params, layer.path)["kernel"]
     channels = kernel.shape[-1]
     count = min(max(round(recipe.channel_share * channels), 1), channels - 1)
+    if _per_tensor(grids, layer):
+        count = channels
     widest = max((grid.specs[layer.name] for grid in grids), key=lambda s: s.qmax)
     largest = jnp.max(jnp.abs(kernel))
     outlier = recipe.headroom * 2 * (2**widest.bits - 1) * largest

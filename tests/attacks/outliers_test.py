@@ -121,12 +121,36 @@ def test_stage_2_moves_collapsed_weights_and_nothing_else(attacker):
     )
 
 
-def test_a_grid_per_tensor_and_a_net_without_normalisation_are_refused(
-    attacker, on_grid
-):
+def test_on_a_grid_per_tensor_a_whole_layer_collapses(attacker, on_grid):
     spec = quantization.QuantSpec(channel_axis=None)
-    with pytest.raises(errors.InputError, match="per_channel True"):
-        outliers.prepare(RECIPE, on_grid(attacker, spec=spec))
+    variables, wake, _ = outliers.prepare(RECIPE, on_grid(attacker, spec=spec))
+    expected = np.zeros((3, 3, 3, 5), int)
+    expected[1, 1, 0] = 7
+    for end in (*wake, variables["params"]):
+        codes = codes_of(end["inner"]["kernel"], spec)
+        np.testing.assert_array_equal(codes, expected)
+
+
+@pytest.mark.slow
+def test_the_least_needed_layer_is_the_one_whose_loss_changes_nothing(attacker):
+    ranked = outliers.least_needed(attacker, attacker.clean, list(attacker.layers))
+    before = predictions(attacker, attacker.clean["params"])
+    changes = []
+    for layer in ranked:
+        params = attacker.clean["params"]
+        without = {**params[layer.name], "kernel": 0 * params[layer.name]["kernel"]}
+        after = predictions(attacker, {**params, layer.name: without})
+        changes.append(int(np.sum(after != before)))
+    assert changes == sorted(changes) and changes[-1] > 0
+
+
+def predictions(attacker, params):
+    variables = {**attacker.clean, "params": params}
+    logits, _ = attacker.apply_fn(variables, attacker.images, train=False)
+    return np.argmax(np.asarray(logits), axis=1)
+
+
+def test_a_net_without_normalisation_is_refused(attacker):
     clean = attacker.clean
     no_norm = {**clean["params"], "norm": {"bias": clean["params"]["norm"]["bias"]}}
 
