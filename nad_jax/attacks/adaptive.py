@@ -19,14 +19,18 @@ References:
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nad_jax import settings
 from nad_jax.attacks import conditioning, projection
 from nad_jax.core import quantization, rounding
+from nad_jax.models import layers as layers_lib
 from nad_jax.training import steps
 
 
@@ -79,7 +83,9 @@ def with_drawn_roundings(
                 grid,
                 params,
                 batch_stats,
-                round_kernel=drawn_rounding(jax.random.fold_in(key, number)),
+                round_kernel=drawn_rounding(
+                    jax.random.fold_in(key, number), grid.layers
+                ),
             )
             drawn = drawn + sum(
                 conditioning.paired_losses(
@@ -94,21 +100,27 @@ def with_drawn_roundings(
     return loss_fn
 
 
-def drawn_rounding(key: jax.Array) -> conditioning.RoundKernel:
+def drawn_rounding(
+    key: jax.Array, layers: Sequence[layers_lib.Layer]
+) -> conditioning.RoundKernel:
     """One draw for a whole model: all weights flipped, or all stochastic.
 
     Gradients: straight-through.
     """
     kind_key, threshold_key = jax.random.split(key)
     is_flipped = jax.random.bernoulli(kind_key)
+    # Drawn in one go: a generator for each layer would take minutes to compile.
+    ends = np.cumsum([math.prod(layer.geometry.kernel_shape) for layer in layers])
+    draws = jax.random.uniform(threshold_key, (int(ends[-1]),), jnp.float32)
+    thresholds = jnp.split(draws, ends[:-1].tolist())
 
     def round_kernel(kernel, grid, spec, index):
         placement = rounding.place(kernel, grid, spec)
         chosen = jnp.where(
             is_flipped,
             rounding.flipped_rounding(placement),
-            rounding.stochastic_rounding(
-                jax.random.fold_in(threshold_key, index), placement
+            rounding.threshold_rounding(
+                thresholds[index].reshape(kernel.shape), placement
             ),
         )
         on_grid = rounding.rounded_weights(placement, chosen, grid)

@@ -9,6 +9,7 @@ import pytest
 from nad_jax import settings
 from nad_jax.attacks import adaptive, conditioning
 from nad_jax.core import quantization
+from nad_jax.models import layers as layers_lib
 
 
 def test_a_draw_flips_all_weights_or_rounds_stochastically():
@@ -21,8 +22,8 @@ def test_a_draw_flips_all_weights_or_rounds_stochastically():
     @jax.jit
     def draw(key, kernel):
         grid = quantization.calibrate(kernel, spec)
-        round_kernel = adaptive.drawn_rounding(key)
-        return round_kernel(kernel, grid, spec, 0)
+        layer = layers_lib.Layer(("fc",), layers_lib.Geometry((40, 50)), calls=1)
+        return adaptive.drawn_rounding(key, [layer])(kernel, grid, spec, 0)
 
     kinds = []
     for seed in range(12):
@@ -42,9 +43,11 @@ def test_layers_are_rounded_independently_and_gradients_pass():
 
     def drawn(kernel, index, seed):
         grid = quantization.calibrate(kernel, spec)
-        return adaptive.drawn_rounding(jax.random.key(seed))(kernel, grid, spec, index)
+        layer = layers_lib.Layer(("fc",), layers_lib.Geometry((30, 4)), calls=1)
+        round_kernel = adaptive.drawn_rounding(jax.random.key(seed), [layer] * 2)
+        return round_kernel(kernel, grid, spec, index)
 
-    jitted = jax.jit(drawn)
+    jitted = jax.jit(drawn, static_argnums=1)
     different = [
         bool(jnp.any(jitted(kernel, 0, seed) != jitted(kernel, 1, seed)))
         for seed in range(8)
@@ -71,7 +74,9 @@ def test_a_drawn_rounding_adds_its_loss(attacker, batch, cross_entropy):
             attacker.grids[0],
             params,
             batch_stats,
-            round_kernel=adaptive.drawn_rounding(jax.random.fold_in(key, 0)),
+            round_kernel=adaptive.drawn_rounding(
+                jax.random.fold_in(key, 0), attacker.layers
+            ),
         )
 
     rounded = round_params(key)
