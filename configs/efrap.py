@@ -224,6 +224,10 @@ def _make_w8(config):
     config.title = config.title.replace("W4", "W8")
     config.attack.weight_bits = (8,)
     config.defense.weight_bits = 8
+    for stage in _stages(config):
+        # The cells are a sixteenth as wide.
+        stage.epochs *= 2
+        stage.milestones = tuple(2 * epoch for epoch in stage.milestones)
 
 
 def _make_authors(config):
