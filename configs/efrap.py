@@ -75,11 +75,17 @@ def _digits(attack):
         weight_bits=4,
         act_bits=config_dict.placeholder(int),
         grid=_grid(),
-        fold_batch_norm=False,
+        fold_batch_norm=config_dict.placeholder(bool),
         roundings=("nearest", "stochastic", "reconstruction", "efrap"),
         flip_weight=0.01,
+        flip_form="element",
+        flip_unit="weight",
+        starts=("nearest",),
         max_sweeps=20,
         stochastic_draws=5,
+        controls=_section(
+            flip_share=config_dict.placeholder(float), noise=1.0, qvec=1.0
+        ),
         calibration_images=1024,
         # Only for the rounding "adam", the loop of EFRAP's public code.
         adam=_section(
@@ -307,10 +313,15 @@ def _section(**values):
 
 def _grid():
     return _section(
-        symmetric=True,
-        per_channel=True,
-        range_method="absmax",
+        # Of nad_jax.core.grids; what is not None below is different from it.
+        preset="plain",
+        symmetric=config_dict.placeholder(bool),
+        per_channel=config_dict.placeholder(bool),
+        range_method=config_dict.placeholder(str),
+        percentile=config_dict.placeholder(float),
         first_last_bits=config_dict.placeholder(int),
+        act_range_method=config_dict.placeholder(str),
+        act_percentile=config_dict.placeholder(float),
     )
 
 

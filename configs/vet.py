@@ -31,8 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.target_label = 0
     config.seed = 0
 
-    # The repair: the rates of NAD's public code in a quarter of its epochs, which is enough
-    # to erase and fits the minutes that vetting may take.
+    # The repair: the rates of NAD's public code in a quarter of its epochs, which is
+    # enough to erase and fits the minutes that vetting may take.
     config.clean_fraction = 0.05
     config.validation_fraction = 0.1
     config.patience = config_dict.placeholder(int)
@@ -65,13 +65,20 @@ def get_config() -> ml_collections.ConfigDict:
         weight_bits=8,
         act_bits=8,
         grid=_section(
-            symmetric=True,
-            per_channel=True,
-            range_method="absmax",
+            preset="plain",
+            symmetric=config_dict.placeholder(bool),
+            per_channel=config_dict.placeholder(bool),
+            range_method=config_dict.placeholder(str),
+            percentile=config_dict.placeholder(float),
             first_last_bits=config_dict.placeholder(int),
+            act_range_method=config_dict.placeholder(str),
+            act_percentile=config_dict.placeholder(float),
         ),
         fold_batch_norm=True,
         flip_weight=0.01,
+        flip_form="element",
+        flip_unit="weight",
+        starts=("nearest",),
         max_sweeps=20,
         calibration_images=1024,
     )

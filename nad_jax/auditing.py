@@ -29,8 +29,8 @@ import numpy as np
 
 from nad_jax import errors
 from nad_jax.core import code_evidence, quant_spec, quantization
+from nad_jax.core import grids as grids_lib
 from nad_jax.defenses import common_sizes, layer_walk
-from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.interop import (
     artifact,
@@ -256,7 +256,7 @@ def _read(path: str | os.PathLike[str]) -> _Stated:
     read = onnx_codes.read_onnx(path)
     act_spec = None
     if read.act_bits is not None:
-        act_spec = efrap_lib.activation_spec(read.act_bits)
+        act_spec = grids_lib.GRIDS["plain"].act_spec(read.act_bits)
     return _Stated(
         "onnx",
         read.codes,
@@ -357,26 +357,24 @@ def _candidates(stated: _Stated, name: str, num_scales: int):
     else:
         widths = range(stated.storage_bits[name], 1, -1)
     for bits in widths:
-        for method in quant_spec.RANGE_METHODS:
-            try:
-                yield quantization.QuantSpec(bits, symmetric, axis, method)
-            except errors.InputError:  # a method for other grids
-                continue
+        for narrow in (True, False) if symmetric else (True,):
+            for method in quant_spec.WEIGHT_RANGE_METHODS:
+                if method != "percentile":  # of which there are too many to try
+                    yield quantization.QuantSpec(bits, symmetric, axis, method, narrow)
 
 
 def _words(spec: quantization.QuantSpec) -> str:
     return (
         f"{spec.range_method} {'symmetric' if spec.symmetric else 'affine'} "
+        f"{'' if spec.narrow or not spec.symmetric else 'over all codes '}"
         f"{spec.bits} bits per {'tensor' if spec.channel_axis is None else 'channel'}"
     )
 
 
 def _calibrated(kernel: np.ndarray, spec) -> quantization.QuantParams:
-    params = _calibrate(common_sizes.pad_kernel(kernel), spec)
+    padded = common_sizes.pad_kernel(kernel)
+    params = common_sizes.kernel_params(kernel, spec, padded)
     return jax.tree.map(lambda x: common_sizes.trim(x, kernel.shape), params)
-
-
-_calibrate = jax.jit(quantization.calibrate, static_argnums=1)
 
 
 # -------------------------------------------------------------------------------- codes

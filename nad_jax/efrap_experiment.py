@@ -112,7 +112,6 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
     evaluate = roundings.make_evaluate(
         model,
         test,
-        config.defense,
         trigger=trigger,
         target_labels=goal.target_labels(jnp.asarray(test.labels)),
     )
@@ -228,9 +227,10 @@ def _quantize_and_evaluate(
         counts = scene.evaluate(variables)
     add("float", counts, seconds=0.0)
     nets.append((model_name, "float", variables))
+    efrap_rates = None
     for name in defense.roundings:
         workdir.check_stop()
-        draws = defense.stochastic_draws if name == "stochastic" else 1
+        draws = defense.stochastic_draws if name in roundings.BY_CHANCE else 1
         results, outcomes, seconds = [], [], []
         for draw in range(draws):
             result, spent = roundings.quantize(
@@ -243,6 +243,7 @@ def _quantize_and_evaluate(
                 key=jax.random.fold_in(key, draw),
                 workdir=workdir,
                 stage=f"{name}, {model_name}, seed {seed}",
+                flip_rates=efrap_rates,
             )
             seconds.append(spent)
             workdir.seconds[f"quantize/{name}"] = (
@@ -251,6 +252,10 @@ def _quantize_and_evaluate(
             with workdir.timed("evaluate"):
                 outcomes.append(scene.evaluate(result.variables, result))
             results.append(result)
+        if name == "efrap":
+            efrap_rates = {
+                layer: report.flip_rate for layer, report in results[0].layers.items()
+            }
         extra = {}
         if draws > 1:
             extra = {
@@ -288,7 +293,7 @@ def _accept(config, scene, seed, clean, backdoored, rows) -> dict[str, Any]:
         scene.layers,
         roundings.weight_specs(defense.weight_bits, defense.grid, scene.layers),
         defense.weight_bits,
-        defense.fold_batch_norm,
+        defense.folds_batch_norm,
     )
     of_seed = {(row.model, row.name): row for row in rows if row.seed == seed}
     nearest = of_seed.get(("backdoored", "nearest"))

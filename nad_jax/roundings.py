@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,75 +17,95 @@ from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
-from nad_jax.defenses import adam_rounding
+from nad_jax.defenses import adam_rounding, layer_rounding
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import evaluation
 
 EVAL = {"train": False}
 # What takes long enough to be a stage of the workdir.
-_SOLVED = ("coordinate", "adam")
+_SOLVED = tuple(layer_rounding.LOOKING)
+
+# Roundings that differ from one draw to the next.
+BY_CHANCE = ("stochastic", "random", "noise")
 
 
-def act_spec(
-    defense: settings.EfrapSettings,
-) -> quantization.QuantSpec | None:
-    """The grid of layer inputs; None = float."""
-    if defense.act_bits is None:
-        return None
-    return efrap_lib.activation_spec(defense.act_bits)
-
-
-def weight_spec(bits: int, grid: settings.GridSettings) -> quantization.QuantSpec:
-    """The grid of all layers but, perhaps, the first and the last."""
-    channel_axis = -1 if grid.per_channel else None
-    return quantization.QuantSpec(bits, grid.symmetric, channel_axis, grid.range_method)
+def _arguments(
+    defense: settings.EfrapSettings, name: str, flip_rates: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Arguments of `efrap` that make the row called `name`."""
+    controls = settings.ControlSettings()
+    if isinstance(defense, settings.QuantizationSettings):
+        controls = defense.controls
+    if name in ("random", "top_error"):
+        share = controls.flip_share
+        return {"method": name, "strength": flip_rates if share is None else share}
+    if name in ("omse", "aciq"):
+        range_method = {"omse": "mse", "aciq": "aciq"}[name]
+        grid = dataclasses.replace(
+            defense.grid.grid(), range_method=range_method, percentile=None
+        )
+        return {"method": "nearest", "grid": grid}
+    rows: dict[str, dict[str, Any]] = {
+        "reconstruction": {"method": "coordinate", "flip_weight": 0.0},
+        "efrap": {"method": "coordinate", "flip_weight": defense.flip_weight},
+        "adaround": {"method": "adam", "flip_weight": 0.0},
+        "gptq": {"method": "feedback", "flip_weight": 0.0},
+        "noise": {"method": "noise", "strength": controls.noise},
+        "qvec": {"method": "counter_shift", "strength": controls.qvec},
+    }
+    return rows.get(name, {"method": name})
 
 
 def weight_specs(
     bits: int, grid: settings.GridSettings, layers: list[layers_lib.Layer]
 ) -> dict[str, quantization.QuantSpec]:
     """Layer name -> grid of its kernel."""
+    chosen = grid.grid()
     return efrap_lib.specs_by_layer(
-        weight_spec(bits, grid), layers, first_last_bits=grid.first_last_bits
+        chosen.weight_spec(bits), layers, first_last_bits=chosen.first_last_bits
     )
 
 
 def make_evaluate(
     model: Any,
     test: sources.Dataset,
-    defense: settings.EfrapSettings,
     *,
     trigger: triggers.Trigger | None,
     target_labels: Any = None,
 ) -> Callable[..., dict[str, Any]]:
     """Function `(variables, result=None) -> rates` on the test images.
 
-    `result`, a `Quantized`, says how activations are quantized. Two programs at most
-    are compiled: with float and with quantized activations.
+    `result`, a `Quantized`, says how activations are quantized. One program is compiled
+    for each way of it.
     """
 
-    def logits(net, images, spec):
+    def logits(net, images, act_specs):
         variables, act_params = net
         return efrap_lib.apply_quantized(
-            model, variables, images, act_params, act_spec=spec, apply_kwargs=EVAL
+            model,
+            variables,
+            images,
+            act_params,
+            act_spec=dict(act_specs) or None,
+            apply_kwargs=EVAL,
         )
 
-    evaluators = {
-        spec: evaluation.make_evaluator(
-            functools.partial(logits, spec=spec),
+    @functools.cache
+    def evaluator(act_specs):
+        return evaluation.make_evaluator(
+            functools.partial(logits, act_specs=act_specs),
             test.images,
             test.labels,
             trigger=trigger,
             target_labels=target_labels,
         )
-        for spec in {None, act_spec(defense)}
-    }
 
     def evaluate(variables, result=None):
         if result is None:
-            return evaluators[None]((variables, {}))
-        return evaluators[result.act_spec]((variables, result.act_params))
+            return evaluator(())((variables, {}))
+        act_specs = tuple(result.act_specs.items())
+        return evaluator(act_specs)((variables, result.act_params))
 
     return evaluate
 
@@ -110,6 +130,7 @@ def quantize(
     key: jax.Array,
     workdir: workdir_lib.Workdir,
     stage: str,
+    flip_rates: Mapping[str, float] | None = None,
 ) -> tuple[efrap_lib.Quantized, float]:
     """The model, rounded by the rounding called `name`, and the seconds that took.
 
@@ -123,14 +144,16 @@ def quantize(
       variables: Its float variables.
       images: Calibration images.
       layers: From `find_layers`.
-      key: Randomness of "stochastic" and "adam".
+      key: Randomness of `BY_CHANCE` and "adam".
       workdir: Keeps layers, records each under the name `stage`, and may ask to stop.
       stage: See `workdir`.
+      flip_rates: Layer name -> share of weights that "random" and "top_error" flip
+        where the settings leave it open.
     """
-    method, flip_weight = {
-        "reconstruction": ("coordinate", 0.0),
-        "efrap": ("coordinate", defense.flip_weight),
-    }.get(name, (name, None))
+    arguments = {
+        "grid": defense.grid.grid(),
+        **_arguments(defense, name, flip_rates),
+    }
 
     def record(report):
         workdir.record("layer", stage=stage, **dataclasses.asdict(report))
@@ -142,10 +165,10 @@ def quantize(
         images,
         weight_bits=defense.weight_bits,
         act_bits=defense.act_bits,
-        method=method,
-        flip_weight=flip_weight,
-        spec=weight_spec(defense.weight_bits, defense.grid),
-        first_last_bits=defense.grid.first_last_bits,
+        **arguments,
+        flip_form=defense.flip_form,
+        flip_unit=defense.flip_unit,
+        starts=defense.starts,
         fold_batch_norm=defense.fold_batch_norm,
         apply_kwargs=EVAL,
         key=key,
@@ -153,7 +176,7 @@ def quantize(
         adam=_adam(defense),
         layers=layers,
     )
-    if method not in _SOLVED:
+    if arguments["method"] not in _SOLVED:
         started = time.perf_counter()
         result = run(on_layer=record)
         jax.block_until_ready(result.variables)
@@ -194,7 +217,9 @@ def layer_entries(
             "layer": report.name,
             "shape": list(report.kernel_shape),
             "weight_bits": report.bits,
-            "act_bits": result.act_spec and result.act_spec.bits,
+            "act_bits": result.act_specs[report.name].bits
+            if result.act_specs
+            else None,
             "flip_rate": report.flip_rate,
             "objective_nearest": report.objective_nearest,
             "objective": report.objective,

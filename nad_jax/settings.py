@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from nad_jax.core import quant_spec
+from nad_jax.core import grids
 from nad_jax.errors import InputError
 
 OPTIMIZERS = ("adam", "sgd")
@@ -30,8 +30,18 @@ REPAIRS = (
 )
 ROUNDINGS = (
     "nearest",
+    "floor",
+    "ceil",
     "flipped",
     "stochastic",
+    "random",
+    "top_error",
+    "noise",
+    "qvec",
+    "omse",
+    "aciq",
+    "gptq",
+    "adaround",
     "reconstruction",
     "efrap",
     "adam",
@@ -116,23 +126,45 @@ class TrainingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GridSettings:
-    """A weight grid, apart from its width.
+    """A grid by name, and what is to be different about it; None = as the name says.
 
     Attributes:
-      symmetric: Signed around 0; otherwise unsigned with a zero point.
+      preset: A name of `nad_jax.core.grids.GRIDS`.
+      symmetric: Weights: signed around 0; otherwise unsigned with a zero point.
       per_channel: One scale per output channel; otherwise one per layer.
-      range_method: "absmax", "minmax" or "mse".
-      first_last_bits: Width of the first and the last layer, None = as the others.
+      range_method: Of the weights: "absmax", "minmax", "mse", "percentile" or "aciq".
+      percentile: Goes with range_method "percentile", in (50, 100].
+      first_last_bits: Width of weights and inputs of the first and the last layer.
+      act_range_method: Of layer inputs: as for weights, or "histogram".
+      act_percentile: Goes with act_range_method "percentile".
     """
 
-    symmetric: bool = True
-    per_channel: bool = True
-    range_method: str = "absmax"
+    preset: str = "plain"
+    symmetric: bool | None = None
+    per_channel: bool | None = None
+    range_method: str | None = None
+    percentile: float | None = None
     first_last_bits: int | None = None
+    act_range_method: str | None = None
+    act_percentile: float | None = None
 
     def __post_init__(self):
-        _check_bits(self, "first_last_bits", optional=True)
-        _check_name(self, "range_method", quant_spec.RANGE_METHODS)
+        _check_name(self, "preset", tuple(grids.GRIDS))
+        self.grid()
+
+    def grid(self) -> grids.Grid:
+        """The grid that these settings describe.
+
+        Raises:
+          InputError: they do not go together.
+        """
+        changes = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.name != "preset"
+            and (value := getattr(self, field.name)) is not None
+        }
+        return dataclasses.replace(grids.GRIDS[self.preset], **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +343,7 @@ class AttackSettings:
         good = all(bits in range(2, 9) for bits in self.weight_bits)
         good = good and 0 < len(self.weight_bits) == len(set(self.weight_bits))
         _check(self, "weight_bits", good, "2 to 8, or several such numbers")
-        method = self.grid.range_method
+        method = self.grid.grid().range_method
         if self.name in _HOLDING_ATTACKS and method not in HOLDABLE_RANGES:
             # A scale that depends on all weights cannot be held by pinning a few.
             raise InputError(
@@ -333,6 +365,28 @@ class AdamRoundingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ControlSettings:
+    """How strong the controls are that come in degrees.
+
+    Attributes:
+      flip_share: Share of weights that "random" and "top_error" flip; None = in every
+        layer as many as the row "efrap", which must come before them.
+      noise: Standard deviation of the noise before nearest, in half steps.
+      qvec: Multiple of the shift of nearest rounding that is subtracted beforehand.
+    """
+
+    flip_share: float | None = None
+    noise: float = 1.0
+    qvec: float = 1.0
+
+    def __post_init__(self):
+        good = self.flip_share is None or 0 <= self.flip_share <= 1
+        _check(self, "flip_share", good, "in [0, 1] or None")
+        for name in ("noise", "qvec"):
+            _check(self, name, getattr(self, name) >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class EfrapSettings:
     """One grid, and EFRAP on it.
 
@@ -340,8 +394,12 @@ class EfrapSettings:
       weight_bits: Width of the weights, 2 to 8.
       act_bits: Width of layer inputs; None = float.
       grid: The weight grid.
-      fold_batch_norm: Fold BatchNorm into the layers before quantizing.
+      fold_batch_norm: Fold BatchNorm into the layers before quantizing; None = as the
+        grid has it.
       flip_weight: EFRAP's price of a weight left at nearest.
+      flip_form: What the price counts: "element" or "neuron".
+      flip_unit: "weight", as published, or "step", free of the scale of a layer.
+      starts: Of coordinate descent: "nearest", "feedback", "flipped".
       max_sweeps: Sweeps of coordinate descent at most.
       calibration_images: Clean, unlabelled training images the defender has.
     """
@@ -349,8 +407,11 @@ class EfrapSettings:
     weight_bits: int = 4
     act_bits: int | None = None
     grid: GridSettings = dataclasses.field(default_factory=GridSettings)
-    fold_batch_norm: bool = False
+    fold_batch_norm: bool | None = None
     flip_weight: float = 0.01
+    flip_form: str = "element"
+    flip_unit: str = "weight"
+    starts: tuple[str, ...] = ("nearest",)
     max_sweeps: int = 20
     calibration_images: int = 1024
 
@@ -358,8 +419,22 @@ class EfrapSettings:
         _check_bits(self, "weight_bits")
         _check_bits(self, "act_bits", optional=True)
         _check(self, "flip_weight", self.flip_weight >= 0, ">= 0")
+        _check_name(self, "flip_form", ("element", "neuron"))
+        _check_name(self, "flip_unit", ("weight", "step"))
+        known = ("nearest", "feedback", "flipped")
+        good = bool(self.starts) and set(self.starts) <= set(known)
+        _check(self, "starts", good, f"one or more of {', '.join(known)}")
         for name in ("max_sweeps", "calibration_images"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
+        if self.act_bits is not None:
+            self.grid.grid().act_spec(self.act_bits)
+
+    @property
+    def folds_batch_norm(self) -> bool:
+        """What `fold_batch_norm` comes to."""
+        if self.fold_batch_norm is None:
+            return self.grid.grid().fold_batch_norm
+        return self.fold_batch_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,12 +443,14 @@ class QuantizationSettings(EfrapSettings):
 
     Attributes:
       roundings: Which rows to compute, of `ROUNDINGS`.
-      stochastic_draws: Draws of stochastic rounding that are averaged.
+      stochastic_draws: Draws of "stochastic", "random" and "noise" that are averaged.
+      controls: How strong the controls are.
       adam: The relaxed objective, for the rounding "adam".
     """
 
     roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
     stochastic_draws: int = 5
+    controls: ControlSettings = dataclasses.field(default_factory=ControlSettings)
     adam: AdamRoundingSettings = dataclasses.field(default_factory=AdamRoundingSettings)
 
     def __post_init__(self):
@@ -384,6 +461,15 @@ class QuantizationSettings(EfrapSettings):
                     f"roundings must be of {', '.join(ROUNDINGS)}, got {name!r}"
                 )
         _check(self, "stochastic_draws", self.stochastic_draws >= 1, "at least 1")
+        if self.controls.flip_share is None:
+            rows = self.roundings
+            before = rows[: rows.index("efrap")] if "efrap" in rows else rows
+            for name in ("random", "top_error"):
+                if name in before:
+                    raise InputError(
+                        f"roundings must have efrap before {name}, which flips as many "
+                        "weights; or give controls.flip_share"
+                    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -734,6 +820,12 @@ class VetSettings:
         good = 0 <= self.validation_fraction < 1
         _check(self, "validation_fraction", good, "in [0, 1)")
         _check(self, "target_label", self.target_label >= 0, ">= 0")
+        ends, inner = self.defense.grid.grid().first_last_bits, self.defense.act_bits
+        if inner is not None and ends not in (None, inner):
+            raise InputError(
+                f"defense.act_bits is {inner} and the first and the last layer have "
+                f"{ends} bits; what is shipped has one width for all layer inputs"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

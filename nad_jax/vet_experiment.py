@@ -232,7 +232,7 @@ def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Sce
         trigger = pipeline.build_trigger(config.trigger, image_shape)
     target_labels = None if trigger is None else config.target_label
     evaluate = roundings.make_evaluate(
-        model, test, config.defense, trigger=trigger, target_labels=target_labels
+        model, test, trigger=trigger, target_labels=target_labels
     )
     return _Scene(train, test, model, layers, trigger, evaluate)
 
@@ -328,7 +328,7 @@ def _export(
         "image_shape": list(scene.train.images.shape[1:]),
         "repair": "nad",
         "rounding": _SHIPPED,
-        "fold_batch_norm": config.defense.fold_batch_norm,
+        "fold_batch_norm": config.defense.folds_batch_norm,
         "source_sha256": artifact.sha256(config.checkpoint),
         "calibration_sha256": hashlib.sha256(
             np.asarray(calibration).tobytes()
@@ -361,7 +361,7 @@ def _export(
         quant_params=stored.quant_params,
         specs=stored.specs,
         act_params=stored.act_params,
-        act_spec=stored.act_spec,
+        act_specs={name: stored.act_spec for name in stored.act_params},
     )
     image_shape = scene.train.images.shape[1:]
     model = onnx_graph.to_onnx(

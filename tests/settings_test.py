@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings accept what they promise, and name the key when they refuse."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from nad_jax import errors, settings
+from nad_jax.core import grids
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -17,7 +19,7 @@ def _config(file="efrap.py", variant=""):
     spec = importlib.util.spec_from_file_location("config", CONFIGS / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(variant).to_dict()
+    return module.get_config(*([variant] if variant else [])).to_dict()
 
 
 def _read(mapping):
@@ -77,6 +79,9 @@ def test_every_setting_of_the_shipped_config_is_read():
         (("attack", "weight_bits"), (), "config.attack.weight_bits must be 2 to 8"),
         (("attack", "recipe", "cell_margin"), 0.5, "recipe.cell_margin must be in"),
         (("attack", "recipe", "headroom"), 2.0, "recipe.headroom is not known"),
+        (("defense", "grid", "preset"), "tflite", "grid.preset must be of plain"),
+        (("defense", "grid", "percentile"), 99.0, "defense.grid.percentile goes"),
+        (("defense", "grid", "first_last_bits"), 1, "first_last_bits must be 2 to 8"),
         (("attack", "target_label"), -1, "config.attack.target_label must be >= 0"),
         (("attack", "label_mode"), "clean_label", "config.attack.label_mode must be"),
         (("victim", "epochs"), 0, "config.victim.epochs must be at least 1"),
@@ -102,6 +107,42 @@ def test_a_bad_value_is_refused_by_name(path, value, message):
         _read(config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_grid_is_a_preset_and_what_is_different_about_it():
+    config = _config()
+    config["defense"]["grid"].update(preset="pytorch_qnnpack", range_method="aciq")
+    grid = _read(config).defense.grid.grid()
+    expected = dataclasses.replace(grids.GRIDS["pytorch_qnnpack"], range_method="aciq")
+    assert grid == expected
+    assert _read(config).defense.folds_batch_norm
+    config["defense"]["fold_batch_norm"] = False
+    assert not _read(config).defense.folds_batch_norm
+
+
+def test_the_grid_of_the_shipped_config_is_the_plain_one():
+    assert _read(_config()).defense.grid.grid() == grids.GRIDS["plain"]
+    assert not _read(_config()).defense.folds_batch_norm
+
+
+def test_flips_at_the_rate_of_efrap_come_after_it():
+    config = _config()
+    config["defense"]["roundings"] = ("random", "efrap")
+    with pytest.raises(errors.InputError, match="efrap before random"):
+        _read(config)
+    config["defense"]["roundings"] = ("efrap", "random")
+    assert _read(config).defense.controls.flip_share is None
+    config["defense"].update(roundings=("top_error",), controls={"flip_share": 0.1})
+    assert _read(config).defense.controls.flip_share == 0.1
+
+
+def test_a_vetted_model_has_one_width_for_layer_inputs():
+    config = _config("vet.py")
+    config["checkpoint"] = "x"
+    config["defense"]["act_bits"] = 4
+    config["defense"]["grid"]["preset"] = "efrap_reference"
+    with pytest.raises(errors.InputError, match="4 and the first .* have 8 bits"):
+        settings.from_mapping(settings.VetSettings, config)
 
 
 def test_a_missing_section_is_refused_by_name():

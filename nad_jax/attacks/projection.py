@@ -131,8 +131,8 @@ def rounding_box(
       the weights that reach the end of their channel's range, since they set the scale.
 
     Raises:
-      InputError: a grid whose scale depends on all weights ("mse"), which pinning a
-        few cannot hold.
+      InputError: a grid whose scale depends on all weights ("mse" and others), which
+        pinning a few cannot hold.
     """
     low = high = dict(params)
     for layer in grids[0].layers:

@@ -8,8 +8,9 @@ Conventions shared by every function here:
 
 * `round` is round half to even, the rule of `jnp.round`, PyTorch and ONNX Runtime;
   `/` is the quotient that NumPy computes in float32 (see `divide`).
-* A symmetric grid is signed and *narrow*: `[-(2**(b-1) - 1), 2**(b-1) - 1]`, with
-  `zero_point` 0. An affine grid is unsigned: `[0, 2**b - 1]`. Both bounds inclusive.
+* A symmetric grid is signed, with `zero_point` 0, and usually *narrow*:
+  `[-(2**(b-1) - 1), 2**(b-1) - 1]`; a wide one has one code more below. An affine grid
+  is unsigned: `[0, 2**b - 1]`. Both bounds inclusive.
 * Ranges always contain 0, so that zero (padding, dead channels) is on the grid.
 * `scale` and `zero_point` keep the rank of the tensor (size 1 on reduced axes), so
   they broadcast without thought. A channel of zeros gets scale 1.
@@ -24,12 +25,20 @@ import jax
 import jax.numpy as jnp
 
 from nad_jax import errors
+from nad_jax.core import quant_spec
 from nad_jax.core.quant_spec import QuantSpec
 
 # Joint shrink factors tried by range_method="mse". Weights: 1.00 ... 0.21, as the
 # per-channel observer of EFRAP's public code. Activations: 1.00 ... 0.06.
 WEIGHT_SHRINKS = tuple(1.0 - 0.01 * i for i in range(80))
 ACTIVATION_SHRINKS = tuple(1.0 - 0.01 * i for i in range(95))
+
+# Half widths by bits that minimise the expected squared error of clipping and rounding,
+# in standard deviations of a normal and in mean absolute deviations of a Laplace
+# distribution (Banner et al., "Post training 4-bit quantization of convolutional
+# networks for rapid-deployment", NeurIPS 2019, eq. 10 and 12).
+_NORMAL_WIDTHS = {2: 1.71, 3: 2.15, 4: 2.56, 5: 2.94, 6: 3.29, 7: 3.62, 8: 3.92}
+_LAPLACE_WIDTHS = {2: 2.83, 3: 3.90, 4: 5.03, 5: 6.20, 6: 7.41, 7: 8.65, 8: 9.90}
 
 
 class QuantParams(NamedTuple):
@@ -71,7 +80,7 @@ def params_from_range(low, high, spec: QuantSpec) -> QuantParams:
     low = jnp.minimum(jnp.asarray(low, jnp.float32), jnp.float32(0))
     high = jnp.maximum(jnp.asarray(high, jnp.float32), jnp.float32(0))
     if spec.symmetric:
-        scale = divide(jnp.maximum(-low, high), jnp.float32(spec.qmax))
+        scale = divide(jnp.maximum(-low, high), jnp.float32(spec.steps_per_side))
     else:
         # The width of [-3e38, 3e38] is not a float32, and 0 * inf not a number.
         width = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
@@ -121,22 +130,66 @@ def _range(x, spec: QuantSpec, shrinks: tuple[float, ...]):
     low = jnp.min(x, axis=axes, keepdims=True, initial=0.0)
     high = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
     largest = jnp.maximum(-low, high)
+    if spec.range_method == "histogram":
+        raise errors.InputError(
+            "range_method histogram measures activations; for weights take one of "
+            f"{', '.join(quant_spec.WEIGHT_RANGE_METHODS)}"
+        )
+    if spec.range_method == "percentile" and x.size:
+        return _percentile_range(x, spec, axes)
     if spec.symmetric or spec.range_method == "absmax":
         low, high = -largest, largest
-    if spec.range_method != "mse":
-        return low, high
     # Errors in units of the range: the square of 1e-25 is 0 in float32, of 1e25 inf.
     unit = jnp.where(largest > jnp.finfo(jnp.float32).tiny, largest, jnp.float32(1))
 
-    def error(shrink):
-        params = params_from_range(low * shrink, high * shrink, spec)
+    def error(low, high):
+        params = params_from_range(low, high, spec)
         missed = (fake_quant(x, params, spec) - x) / unit
         return jnp.mean(jnp.square(missed), axis=axes, keepdims=True)
 
+    if spec.range_method == "aciq" and x.size:
+        normal, laplace = (
+            (least * unit, most * unit)
+            for least, most in _aciq_ranges(
+                x / unit, low / unit, high / unit, spec, axes
+            )
+        )
+        fits = error(*laplace) < error(*normal)
+        low = jnp.where(fits, laplace[0], normal[0])
+        return low, jnp.where(fits, laplace[1], normal[1])
+    if spec.range_method != "mse":
+        return low, high
     factors = jnp.asarray(shrinks, jnp.float32)
+    errors_by_factor = jax.lax.map(lambda f: error(low * f, high * f), factors)
     # argmin returns the first of equal errors.
-    shrink = factors[jnp.argmin(jax.lax.map(error, factors), axis=0)]
+    shrink = factors[jnp.argmin(errors_by_factor, axis=0)]
     return low * shrink, high * shrink
+
+
+def _percentile_range(x, spec: QuantSpec, axes):
+    assert spec.percentile is not None
+    share = jnp.float32(spec.percentile / 100)
+
+    def quantile(values, share):
+        return jnp.quantile(values, share, axis=axes, keepdims=True)
+
+    if spec.symmetric:
+        high = quantile(jnp.abs(x), share)
+        return -high, high
+    return quantile(x, 1 - share), quantile(x, share)
+
+
+def _aciq_ranges(x, low, high, spec: QuantSpec, axes):
+    """Ranges fit for a normal and for a Laplace distribution, never beyond the data."""
+    mean = jnp.mean(x, axis=axes, keepdims=True)
+    # Around 0 where the grid is.
+    center = jnp.zeros_like(mean) if spec.symmetric else mean
+    away = x - center
+    bits = int(spec.bits)
+    deviation = jnp.sqrt(jnp.mean(jnp.square(away), axis=axes, keepdims=True))
+    absolute = jnp.mean(jnp.abs(away), axis=axes, keepdims=True)
+    for width in (deviation * _NORMAL_WIDTHS[bits], absolute * _LAPLACE_WIDTHS[bits]):
+        yield jnp.maximum(center - width, low), jnp.minimum(center + width, high)
 
 
 def quantize(x: jax.Array, params: QuantParams, spec: QuantSpec) -> jax.Array:

@@ -192,6 +192,105 @@ def coordinate_descent(
 
     Gradients: none (`stop_gradient`).
     """
+    rounding, trace, sweeps = _descend(
+        problem, start, max_sweeps=max_sweeps, block_size=block_size
+    )
+    return Solution(rounding, jnp.sum(trace, axis=1), sweeps)
+
+
+def descend_from_all(
+    problem: RoundingProblem,
+    starts: jax.Array,
+    *,
+    max_sweeps: int = 20,
+    block_size: int = 128,
+) -> Solution:
+    """`coordinate_descent` from several starts; every channel keeps its best end.
+
+    Channels do not depend on each other, so the starts are solved side by side as if
+    they were more channels, and the large products stay large.
+
+    Args:
+      problem: From `rounding_problem`.
+      starts: `[S, K, C]` in {0, 1}; of equally good ends the earlier start's is taken.
+      max_sweeps: As for `coordinate_descent`.
+      block_size: The same.
+
+    Returns:
+      A `Solution` whose trace is that of the chosen descents, which never rises.
+    """
+    num_starts, num_inputs, num_outputs = starts.shape
+
+    def tile(x):
+        return jnp.tile(x, (1,) * (x.ndim - 1) + (num_starts,))
+
+    side_by_side = RoundingProblem(problem.gram, *(tile(x) for x in problem[1:]))
+    columns = jnp.swapaxes(starts, 0, 1).reshape(num_inputs, -1)
+    rounding, trace, sweeps = _descend(
+        side_by_side, columns, max_sweeps=max_sweeps, block_size=block_size
+    )
+    trace = trace.reshape(-1, num_starts, num_outputs)
+    best = jnp.argmin(trace[-1], axis=0)[None, None, :]
+
+    def pick(x):
+        return jnp.take_along_axis(x, best, axis=1)[:, 0]
+
+    rounding = pick(rounding.reshape(num_inputs, num_starts, num_outputs))
+    return Solution(rounding, jnp.sum(pick(trace), axis=1), sweeps)
+
+
+class Path(NamedTuple):
+    """Roundings of one layer for several flip weights.
+
+    Attributes:
+      rounding: `[P, K, C]` in {0, 1}.
+      objective: `[P]`, summed over channels, at each flip weight.
+      output_error: `[P]`, the same without the flip price.
+    """
+
+    rounding: jax.Array
+    objective: jax.Array
+    output_error: jax.Array
+
+
+def flip_weight_path(
+    problem: RoundingProblem,
+    flip_weights: jax.Array,
+    *,
+    max_sweeps: int = 20,
+    block_size: int = 128,
+) -> Path:
+    """Solves one layer for many flip weights; its moments are measured only once.
+
+    Each weight is solved from nearest and from the solution before it, so that no
+    point of the path is worse than `coordinate_descent` alone would make it.
+
+    Args:
+      problem: From `rounding_problem`, with `stay_cost` for a flip weight of 1.
+      flip_weights: `[P]` >= 0, in the order in which they are to be visited.
+      max_sweeps: As for `coordinate_descent`, at each weight.
+      block_size: The same.
+    """
+
+    def solve(before, flip_weight):
+        priced = problem._replace(stay_cost=flip_weight * problem.stay_cost)
+        solution = descend_from_all(
+            priced,
+            jnp.stack([problem.nearest, before]),
+            max_sweeps=max_sweeps,
+            block_size=block_size,
+        )
+        error = jnp.sum(output_error(priced, solution.rounding))
+        return solution.rounding, (solution.rounding, solution.trace[-1], error)
+
+    _, points = jax.lax.scan(solve, problem.nearest, flip_weights)
+    return Path(*points)
+
+
+def _descend(
+    problem: RoundingProblem, start: jax.Array, *, max_sweeps: int, block_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rounding, trace per channel `[max_sweeps + 1, C]`, sweeps."""
     problem, start = jax.lax.stop_gradient((problem, start))
     num_inputs, num_outputs = problem.fraction.shape
     block_size = max(min(block_size, num_inputs), 1)
@@ -256,8 +355,8 @@ def coordinate_descent(
         )
         return rounding, slope + _matmul(columns, moved)
 
-    def total(rounding):
-        return jnp.sum(objective(problem, rounding[:num_inputs]))
+    def reached(rounding):
+        return objective(problem, rounding[:num_inputs])
 
     def sweep(carry):
         rounding, slope, trace, sweeps, _ = carry
@@ -265,7 +364,8 @@ def coordinate_descent(
         changed = jnp.any(swept != rounding)
         sweeps = sweeps + changed.astype(jnp.int32)
         steps = jnp.arange(max_sweeps + 1, dtype=jnp.int32)
-        trace = jnp.where((steps >= sweeps) & changed, total(swept), trace)
+        later = (steps >= sweeps) & changed
+        trace = jnp.where(later[:, None], reached(swept)[None, :], trace)
         return swept, slope, trace, sweeps, changed
 
     def unfinished(carry):
@@ -274,8 +374,8 @@ def coordinate_descent(
     start = pad(start.astype(jnp.float32), (0,))
     change = step * (start - fraction)
     slope = _matmul(gram, change) + pad(problem.drift, (0,))
-    trace = jnp.full((max_sweeps + 1,), total(start))
+    trace = jnp.broadcast_to(reached(start), (max_sweeps + 1, num_outputs))
     rounding, _, trace, sweeps, _ = jax.lax.while_loop(
         unfinished, sweep, (start, slope, trace, jnp.int32(0), jnp.bool_(True))
     )
-    return Solution(rounding[:num_inputs], trace, sweeps)
+    return rounding[:num_inputs], trace, sweeps

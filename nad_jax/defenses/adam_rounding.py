@@ -3,6 +3,8 @@
 
     L = L_A + flip_weight * L_F + penalty_weight * L_P
 
+(the flip weight is part of the prices that a `RoundingProblem` carries)
+
 with the terms of `nad_jax.core.losses`. Two forms of L_A:
 
 * "minibatch": as EFRAP's public code. Each step draws one of the fixed calibration
@@ -80,9 +82,8 @@ class LayerTask:
       placement: The kernel on that grid.
       float_inputs: The layer's inputs in the float network.
       inputs: Its inputs in the network quantized so far.
-      problem: Second moments, stacked over channel groups.
+      problem: Second moments and flip prices, stacked over channel groups.
       tail: What follows the layer; for batches of `AdamSettings.batch_size`.
-      flip_weight: Weight of L_F.
       num_images: How many calibration images there are; a layer behind a reshape sees
         several rows for each.
       key: Randomness of the batch order.
@@ -97,7 +98,6 @@ class LayerTask:
     inputs: jax.Array
     problem: solvers.RoundingProblem
     tail: activation_tails.Tail
-    flip_weight: float
     num_images: int
     key: jax.Array
 
@@ -132,11 +132,10 @@ def solve(
 def _regularizers(task: LayerTask, settings: AdamSettings, soft: jax.Array):
     """L_F and L_P over the weights that have a choice."""
     free = task.placement.free
-    error = rounding.rounding_error(task.kernel, task.placement, task.params)
-    weight = losses.rounding_error_weight(error, form="element")
+    weight = layers_lib.as_kernel(task.layer.geometry, task.problem.stay_cost)
     flip = losses.flip_loss(soft, task.placement.nearest, weight)
     penalty = losses.binarization_penalty(jnp.where(free, soft, 0.0))
-    return task.flip_weight * flip + settings.penalty_weight * penalty
+    return flip + settings.penalty_weight * penalty
 
 
 def _adam_step(loss_fn, optimizer, carry, batch):

@@ -11,9 +11,10 @@ no program of its own.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from nad_jax.core import solvers
+from nad_jax.core import quantization, solvers
 
 _MULTIPLE = 64
 
@@ -39,6 +40,27 @@ def pad_moments(moments: solvers.Moments) -> solvers.Moments:
         _pad(moments.drift_power, (groups, columns)),
         moments.count,
     )
+
+
+def kernel_params(
+    kernel: Any, spec: quantization.QuantSpec, padded: Any = None
+) -> quantization.QuantParams:
+    """The kernel's grid, broadcastable to `padded` (default: to the kernel itself).
+
+    Ranges that depend on how many weights there are must not see the padding.
+    """
+    if padded is None:
+        return _calibrate(kernel, spec)
+    if spec.range_method not in ("percentile", "aciq"):
+        return _calibrate(padded, spec)
+    params = _calibrate(np.asarray(kernel).reshape(-1, kernel.shape[-1]), spec)
+    widths = (1, 1 if spec.channel_axis is None else padded.shape[1])
+    scale, zero_point = (_pad(x, widths) for x in params)
+    # Nobody is on the grid of a channel that does not exist, but it divides.
+    return quantization.QuantParams(jnp.where(scale > 0, scale, 1), zero_point)
+
+
+_calibrate = jax.jit(quantization.calibrate, static_argnums=1)
 
 
 def trim(matrix: Any, kernel_shape: tuple[int, ...]) -> jax.Array:

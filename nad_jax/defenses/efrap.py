@@ -4,11 +4,17 @@
 `efrap` quantizes every Conv and Dense of any Linen module on one grid and rounds by the
 method asked for, so that defence and controls differ in nothing but the rounding:
 
-    nearest       what every runtime does; wakes a quantization-conditioned backdoor
-    flipped       the other grid point everywhere
-    stochastic    up with probability equal to the fraction
-    coordinate    EFRAP's discrete objective by coordinate descent on second moments
-    adam          EFRAP's relaxed objective, as its public code optimises it
+    nearest        what every runtime does; wakes a quantization-conditioned backdoor
+    floor, ceil    the grid point below, above
+    flipped        the other grid point everywhere
+    stochastic     up with probability equal to the fraction
+    random         so many weights flipped by chance
+    top_error      so many weights flipped, those of largest rounding error
+    noise          nearest, after Gaussian noise
+    counter_shift  nearest, after the shift of nearest rounding was subtracted (QVec)
+    feedback       one pass in which weights make up for each other's errors (GPTQ)
+    coordinate     EFRAP's discrete objective by coordinate descent on second moments
+    adam           EFRAP's relaxed objective, as its public code optimises it
 
 Per layer and output channel, `coordinate` minimises
 
@@ -18,16 +24,16 @@ over the two neighbouring codes of every weight; x^ is the layer's input in the 
 quantized so far and x that of the float network. The first term is EFRAP's activation
 preservation before BatchNorm and ReLU, the second its error-guided flipping; the third
 (binarisation) vanishes, since the variables are binary from the start.
-`flip_weight=0` is pure reconstruction: the control that shows what flipping adds.
+`flip_weight=0` is pure reconstruction: the control that shows what flipping adds; with
+"adam" it is AdaRound's objective (without its stretched sigmoid and its schedule).
 """
 
 import dataclasses
-import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,23 +41,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.core import quantization, rounding, solvers
+from nad_jax.core import grids, quantization
 from nad_jax.defenses import (
+    activation_grids,
     activation_tails,
     adam_rounding,
-    common_sizes,
+    layer_rounding,
     layer_walk,
 )
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.models import layers as layers_lib
 
-METHODS = ("nearest", "flipped", "stochastic", "coordinate", "adam")
-# The methods that look at the calibration images, with their default flip weight.
-_FLIP_WEIGHTS = {"coordinate": 0.01, "adam": 1.0}
-
-# Values of one calibration batch that an activation range is measured on.
-_ACTIVATION_SAMPLE = 2**14
-_ACTIVATION_BATCH = 32
+METHODS = layer_rounding.METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Quantized:
       quant_params: Layer name -> scale and zero point of the kernel.
       specs: Layer name -> the grid's description.
       layers: Layer name -> `LayerReport`, in the order of the forward pass.
-      act_spec: Grid of layer inputs, None = float activations.
+      act_specs: Layer name -> description of the grid of its input; empty for float
+        activations.
       act_params: Layer name -> scale and zero point of the layer's input.
       apply_kwargs: Keyword arguments of the module's call.
     """
@@ -123,11 +125,29 @@ class Quantized:
     quant_params: dict[str, quantization.QuantParams]
     specs: dict[str, quantization.QuantSpec]
     layers: dict[str, LayerReport]
-    act_spec: quantization.QuantSpec | None = None
+    act_specs: dict[str, quantization.QuantSpec] = dataclasses.field(
+        default_factory=dict
+    )
     act_params: dict[str, quantization.QuantParams] = dataclasses.field(
         default_factory=dict
     )
     apply_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def act_spec(self) -> quantization.QuantSpec | None:
+        """The one description of all inputs' grids; None for float activations.
+
+        Raises:
+          InputError: the first and the last layer have a width of their own.
+        """
+        specs = set(self.act_specs.values())
+        if len(specs) > 1:
+            widths = sorted({spec.bits for spec in specs})
+            raise errors.InputError(
+                f"layer inputs have {' and '.join(map(str, widths))} bits, and one "
+                "width is asked for; give act_bits and first_last_bits the same"
+            )
+        return next(iter(specs), None)
 
     @property
     def flip_rate(self) -> float:
@@ -148,7 +168,7 @@ class Quantized:
             variables,
             images,
             self.act_params,
-            act_spec=self.act_spec,
+            act_spec=self.act_specs or None,
             apply_kwargs=self.apply_kwargs,
         )
 
@@ -159,7 +179,7 @@ def apply_quantized(
     images: jax.Array,
     act_params: Mapping[str, quantization.QuantParams],
     *,
-    act_spec: quantization.QuantSpec | None,
+    act_spec: quantization.QuantSpec | Mapping[str, quantization.QuantSpec] | None,
     apply_kwargs: Mapping[str, Any],
 ) -> Any:
     """`module.apply` with every layer's input moved to its grid.
@@ -171,15 +191,17 @@ def apply_quantized(
       variables: Its variables, usually with kernels on their grids.
       images: A batch.
       act_params: Layer name -> grid of the layer's input.
-      act_spec: Description of those grids; None leaves activations alone.
+      act_spec: Description of those grids, one for all layers or by layer name; None
+        leaves activations alone.
       apply_kwargs: Keyword arguments of the module's call.
     """
 
     def quantize_inputs(next_fun, args, kwargs, context):
         if act_spec is None or not layers_lib.is_layer_call(context):
             return next_fun(*args, **kwargs)
-        params = act_params["/".join(context.module.path)]
-        inputs = quantization.fake_quant(args[0], params, act_spec)
+        name = "/".join(context.module.path)
+        spec = act_spec[name] if isinstance(act_spec, Mapping) else act_spec
+        inputs = quantization.fake_quant(args[0], act_params[name], spec)
         return next_fun(inputs, *args[1:], **kwargs)
 
     with nn.intercept_methods(quantize_inputs):
@@ -195,12 +217,17 @@ def efrap(
     act_bits: int | None = None,
     method: str = "coordinate",
     flip_weight: float | None = None,
+    grid: str | grids.Grid = "plain",
     spec: quantization.QuantSpec | None = None,
     first_last_bits: int | None = None,
-    fold_batch_norm: bool = False,
+    fold_batch_norm: bool | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
     key: jax.Array | None = None,
+    strength: float | Mapping[str, float] | None = None,
+    flip_form: str = "element",
+    flip_unit: str = "weight",
     max_sweeps: int = 20,
+    starts: Sequence[str] = ("nearest",),
     adam: adam_rounding.AdamSettings | None = None,
     layers: list[layers_lib.Layer] | None = None,
     on_layer: Callable[[LayerReport], None] | None = None,
@@ -213,20 +240,35 @@ def efrap(
       variables: Its variables, in evaluation form (running BatchNorm statistics).
       images: Calibration inputs `[N, ...]` as the module takes them, unlabelled.
       weight_bits: 2 to 8.
-      act_bits: 2 to 8 quantizes every layer's input, affine and per tensor, with the
-        range of least squared error averaged over batches; None keeps them float.
+      act_bits: 2 to 8 quantizes every layer's input, affine and per tensor; None keeps
+        them float.
       method: One of `METHODS`.
       flip_weight: Price, per unit of rounding error, of a weight left at nearest
-        ("coordinate", default 0.01) or weight of the flip loss ("adam", default 1, as
-        in EFRAP's public code). 0 = pure reconstruction.
-      spec: The weight grid; default symmetric, absmax, per output channel. Its `bits`
-        are replaced by `weight_bits`; its `channel_axis` is None or -1.
-      first_last_bits: Width for the first and the last layer, if another.
+        ("coordinate", default 0.01; "feedback", default 0) or weight of the flip loss
+        ("adam", default 1, as in EFRAP's public code). 0 = pure reconstruction.
+      grid: Everything else about the grid, by name (`nad_jax.core.grids.GRIDS`: what
+        runtimes do by default) or spelt out. "plain" is symmetric, absmax, per output
+        channel; inputs with the range of least squared error, averaged over batches.
+      spec: A weight grid instead of that of `grid`. Its `bits` are replaced by
+        `weight_bits`; its `channel_axis` is None or -1.
+      first_last_bits: Width of weights and inputs of the first and the last layer;
+        None = as `grid` has it.
       fold_batch_norm: Folds BatchNorms into the layers they follow before quantizing:
-        the grid that a runtime which folds them will see.
+        the grid that a runtime which folds them will see. None = as `grid` has it.
       apply_kwargs: Keyword arguments of the module's call, e.g. `{"train": False}`.
-      key: Randomness of "stochastic" and "adam"; default `jax.random.key(0)`.
+      key: Randomness of "stochastic", "random", "noise" and "adam"; default
+        `jax.random.key(0)`.
+      strength: Of "random" and "top_error": the share of weights to flip, in [0, 1]
+        (default 0.5), for all layers or by layer name; of "noise": standard deviation
+        in half steps (default 1); of "counter_shift": multiple of the shift that is
+        subtracted (default 1). Other methods take none.
+      flip_form: What the price counts: "element", the error of the weight, or
+        "neuron", the norm of its output channel's errors (the paper's wording).
+      flip_unit: "weight" units, as published, or "step": free of the scale of the
+        layer, see `layer_rounding.Method`.
       max_sweeps: Passes of coordinate descent per layer.
+      starts: Where coordinate descent starts, of "nearest", "feedback" and "flipped";
+        each channel keeps the best end.
       adam: Settings of "adam".
       layers: From `models.layers.find_layers` of this module, if at hand; several
         roundings of one module need not look for them each time.
@@ -249,26 +291,27 @@ def efrap(
       Li et al., "Nearest is Not Dearest: Towards Practical Defense against
       Quantization-conditioned Backdoor Attacks", CVPR 2024.
     """
-    spec = dataclasses.replace(
-        spec or quantization.QuantSpec(), bits=_bits("weight_bits", weight_bits)
-    )
+    grid = grids.named(grid) if isinstance(grid, str) else grid
+    grids.check_bits("weight_bits", weight_bits)
+    if spec is None:
+        spec = grid.weight_spec(weight_bits)
+    spec = dataclasses.replace(spec, bits=int(weight_bits))
+    if first_last_bits is None:
+        first_last_bits = grid.first_last_bits
+    if fold_batch_norm is None:
+        fold_batch_norm = grid.fold_batch_norm
     if spec.channel_axis not in (None, -1):
         raise errors.InputError(
             "spec.channel_axis must be None (per tensor) or -1 (per output channel), "
             f"got {spec.channel_axis}"
         )
-    if method not in METHODS:
-        raise errors.InputError(
-            f"method must be one of {', '.join(METHODS)}, got {method!r}"
-        )
+    how = layer_rounding.Method(method, flip_form, flip_unit, max_sweeps, tuple(starts))
     if flip_weight is None:
-        flip_weight = _FLIP_WEIGHTS.get(method, 0.0)
+        flip_weight = layer_rounding.LOOKING.get(method, 0.0)
     if not 0.0 <= flip_weight < math.inf:
         raise errors.InputError(
             f"flip_weight must be >= 0 and finite, got {flip_weight}"
         )
-    if max_sweeps < 1:
-        raise errors.InputError(f"max_sweeps must be at least 1, got {max_sweeps}")
     images = _checked_images(images)
     apply_kwargs = dict(apply_kwargs or {})
     key = jax.random.key(0) if key is None else key
@@ -282,43 +325,68 @@ def efrap(
     if fold_batch_norm:
         variables = _folded(module, variables, images, layers, apply_kwargs)
     specs = specs_by_layer(spec, layers, first_last_bits=first_last_bits)
-    act_spec = None if act_bits is None else activation_spec(act_bits)
+    act_specs, widths = {}, {}
+    if act_bits is not None:
+        widths = _act_widths(act_bits, layers, first_last_bits)
+        act_specs = act_specs_by_layer(
+            grid, act_bits, layers, first_last_bits=first_last_bits
+        )
 
-    rounder = _make_rounder(
-        method,
-        module,
-        variables,
-        images,
-        layers,
-        specs,
-        flip_weight,
-        key,
-        max_sweeps,
-        adam or adam_rounding.AdamSettings(),
-        apply_kwargs,
-    )
+    own = {
+        layer.name: layers_lib.get_in(variables["params"], layer.path)
+        for layer in layers
+    }
+    kernels = {name: parameters["kernel"] for name, parameters in own.items()}
+    strengths = _strengths(method, strength, layers)
+    if method in layer_rounding.BLIND:
+        rounder = layer_rounding.make_blind_rounder(
+            how, kernels, layers, specs, strengths, key
+        )
+    elif method == "adam":
+        adam = adam or adam_rounding.AdamSettings()
+        rounder = layer_rounding.make_adam_rounder(
+            how,
+            own,
+            specs,
+            flip_weight,
+            activation_tails.find_tails(
+                module,
+                variables,
+                images[: adam.batch_size],
+                layers,
+                apply_kwargs=apply_kwargs,
+            ),
+            images.shape[0],
+            {layer.name: jax.random.fold_in(key, i) for i, layer in enumerate(layers)},
+            adam,
+        )
+    else:
+        rounder = layer_rounding.make_descending_rounder(
+            how, kernels, specs, flip_weight
+        )
     new_params = dict(variables["params"])
     finished = {} if finished is None else finished
     given = {layer.name for layer in layers if layer.name in finished}
     act_params: dict[str, quantization.QuantParams] = {}
 
     def quantize_inputs(layer, inputs):
-        if act_spec is None:
+        if not act_specs:
             return inputs
-        return quantization.fake_quant(inputs, act_params[layer.name], act_spec)
+        name = layer.name
+        return quantization.fake_quant(inputs, act_params[name], act_specs[name])
 
     @moments_lib.Remembered
-    def measure_and_quantize(float_inputs, inputs, spec):
-        params = _activation_params(float_inputs, spec)
+    def measure_and_quantize(float_inputs, inputs, width, spec):
+        params = activation_grids.measure(float_inputs, grid, width)
         return params, quantization.fake_quant(inputs, params, spec)
 
     def quantize_layer(layer, float_inputs, inputs):
         """Rounds one layer; returns the kernel and inputs to go on with."""
         nonlocal new_params
         started = time.perf_counter()
-        if act_spec is not None:
+        if act_specs:
             act_params[layer.name], inputs = measure_and_quantize(
-                float_inputs, inputs, act_spec
+                float_inputs, inputs, widths[layer.name], act_specs[layer.name]
             )
         own = layers_lib.get_in(new_params, layer.path)
         if layer.name in given:
@@ -343,7 +411,7 @@ def efrap(
         return kernel, inputs
 
     is_solved = len(given) == len(layers)
-    if (method in _FLIP_WEIGHTS and not is_solved) or act_spec is not None:
+    if (method in layer_rounding.LOOKING and not is_solved) or act_specs:
         layer_walk.walk(
             module,
             variables,
@@ -365,7 +433,7 @@ def efrap(
         {layer.name: finished[layer.name].params for layer in layers},
         specs,
         {layer.name: finished[layer.name].report for layer in layers},
-        act_spec,
+        act_specs,
         act_params,
         apply_kwargs,
     )
@@ -390,20 +458,55 @@ def specs_by_layer(
     """Layer name -> grid of its kernel; the two ends may have a width of their own."""
     specs = {layer.name: spec for layer in layers}
     if first_last_bits is not None:
-        ends = dataclasses.replace(spec, bits=_bits("first_last_bits", first_last_bits))
+        grids.check_bits("first_last_bits", first_last_bits)
+        ends = dataclasses.replace(spec, bits=int(first_last_bits))
         specs[layers[0].name] = specs[layers[-1].name] = ends
     return specs
 
 
-def activation_spec(act_bits: int) -> quantization.QuantSpec:
-    """The grid of layer inputs: affine, per tensor, range of least squared error."""
-    return quantization.QuantSpec(_bits("act_bits", act_bits), False, None, "mse")
+def act_specs_by_layer(
+    grid: grids.Grid,
+    act_bits: int,
+    layers: list[layers_lib.Layer],
+    *,
+    first_last_bits: int | None = None,
+) -> dict[str, quantization.QuantSpec]:
+    """Layer name -> grid of its input; the two ends may have a width of their own."""
+    return {
+        name: grid.act_spec(bits)
+        for name, bits in _act_widths(act_bits, layers, first_last_bits).items()
+    }
 
 
-def _bits(name: str, value: Any) -> int:
-    if isinstance(value, bool) or value not in range(2, 9):
-        raise errors.InputError(f"{name} must be 2 to 8, got {value!r}")
-    return int(value)
+def _act_widths(act_bits, layers, first_last_bits) -> dict[str, int]:
+    widths = {layer.name: act_bits for layer in layers}
+    if first_last_bits is not None:
+        widths[layers[0].name] = widths[layers[-1].name] = first_last_bits
+    return widths
+
+
+def _strengths(method, strength, layers) -> dict[str, float]:
+    """Layer name -> strength of a blind method."""
+    if method not in layer_rounding.STRENGTHS:
+        if strength is not None:
+            raise errors.InputError(f"method {method!r} takes no strength")
+        strength = 0.0
+    elif strength is None:
+        strength = layer_rounding.STRENGTHS[method]
+    by_layer = strength
+    if not isinstance(by_layer, Mapping):
+        by_layer = {layer.name: by_layer for layer in layers}
+    missing = [layer.name for layer in layers if layer.name not in by_layer]
+    if missing:
+        raise errors.InputError(f"strength has no value for layer {missing[0]}")
+    most = 1.0 if method in ("random", "top_error") else math.inf
+    for name, value in by_layer.items():
+        if not 0.0 <= value <= most or value == math.inf:
+            raise errors.InputError(
+                f"strength of {method!r} must be >= 0"
+                f"{' and at most 1' if most == 1.0 else ''}, got {value} for {name}"
+            )
+    return dict(by_layer)
 
 
 def _checked_images(images: Any) -> jax.Array:
@@ -456,208 +559,3 @@ def _nearly_equal(before, after) -> bool:
     before, after = np.asarray(before, np.float32), np.asarray(after, np.float32)
     atol = 1e-3 * np.max(np.abs(before), initial=0.0)
     return np.allclose(before, after, rtol=1e-3, atol=atol)
-
-
-def _activation_params(inputs, spec):
-    """Range of a layer's float inputs, from an even sample of each batch."""
-    batches = max(inputs.shape[0] // _ACTIVATION_BATCH, 1)
-    per_batch = inputs.shape[0] // batches
-    values = inputs[: batches * per_batch].reshape(batches, -1)
-    stride = max(values.shape[1] // _ACTIVATION_SAMPLE, 1)
-    # A stride prime to an image's size walks through all channels and positions
-    # instead of visiting a few of them.
-    while math.gcd(stride, math.prod(inputs.shape[1:])) > 1:
-        stride += 1
-    return _calibrate_activations(values[:, ::stride], spec)
-
-
-_calibrate_activations = jax.jit(quantization.calibrate_activations, static_argnums=1)
-
-
-class _Rounded(NamedTuple):
-    """A kernel on its grid: float values, codes, the grid, share of weights flipped."""
-
-    kernel: jax.Array
-    codes: jax.Array
-    params: quantization.QuantParams
-    flip_rate: jax.Array | float
-
-
-# (layer, float_inputs, inputs) -> result and details for the layer's report
-_Rounder = Callable[..., tuple[_Rounded, dict[str, Any]]]
-
-
-def _make_rounder(
-    method,
-    module,
-    variables,
-    images,
-    layers,
-    specs,
-    flip_weight,
-    key,
-    max_sweeps,
-    adam,
-    apply_kwargs,
-) -> _Rounder:
-    """What rounds one layer when the walk reaches it."""
-    own = {
-        layer.name: layers_lib.get_in(variables["params"], layer.path)
-        for layer in layers
-    }
-    if method not in _FLIP_WEIGHTS:
-        thresholds = {layer.name: None for layer in layers}
-        if method == "stochastic":
-            thresholds = _draw_thresholds(key, layers)
-
-        def round_blindly(layer, float_inputs, inputs):
-            del float_inputs, inputs
-            name = layer.name
-            padded = common_sizes.pad_kernel(own[name]["kernel"])
-            result = _round_blindly(method, specs[name], padded, thresholds[name])
-            return _trimmed(result, layer.geometry), {}
-
-        return round_blindly
-
-    keys = {
-        layer.name: jax.random.fold_in(key, index) for index, layer in enumerate(layers)
-    }
-    collector = moments_lib.Collector()
-    tails = {}
-    if method == "adam":
-        tails = activation_tails.find_tails(
-            module,
-            variables,
-            images[: adam.batch_size],
-            layers,
-            apply_kwargs=apply_kwargs,
-        )
-
-    def round_layer(layer, float_inputs, inputs):
-        spec, geometry = specs[layer.name], layer.geometry
-        kernel = own[layer.name]["kernel"]
-        moments = collector.collect(geometry, kernel, float_inputs, inputs)
-        if method == "coordinate":
-            shape = geometry
-            if geometry.groups == 1:
-                kernel = common_sizes.pad_kernel(kernel)
-                moments = common_sizes.pad_moments(moments)
-                shape = layers_lib.Geometry(kernel.shape)
-            result, solution = _descend(
-                shape, spec, max_sweeps, moments, kernel, flip_weight
-            )
-            if geometry.groups == 1:
-                result = _trimmed(result, geometry)
-            trace = [float(value) for value in np.sum(solution.trace, axis=0)]
-            sweeps = int(np.max(solution.sweeps))
-            return result, {
-                "objective_nearest": trace[0],
-                "objective": trace[-1],
-                "trace": tuple(trace[: sweeps + 1]),
-                "converged": sweeps < max_sweeps,
-            }
-        params, placement, problem = _pose(geometry, spec, moments, kernel, flip_weight)
-        task = adam_rounding.LayerTask(
-            layer,
-            kernel,
-            own[layer.name].get("bias"),
-            params,
-            placement,
-            float_inputs,
-            inputs,
-            problem,
-            tails[layer.name],
-            flip_weight,
-            images.shape[0],
-            keys[layer.name],
-        )
-        chosen, details = adam_rounding.solve(task, adam)
-        return _finish(kernel, chosen, params, placement, spec), details
-
-    return round_layer
-
-
-def _draw_thresholds(
-    key: jax.Array, layers: list[layers_lib.Layer]
-) -> dict[str, np.ndarray]:
-    """Uniform numbers for every weight of the padded kernels, drawn in one go."""
-    shapes = [
-        [
-            common_sizes.padded_size(layer.geometry.num_inputs),
-            common_sizes.padded_size(layer.geometry.kernel_shape[-1]),
-        ]
-        for layer in layers
-    ]
-    ends = np.cumsum([rows * columns for rows, columns in shapes])
-    draws = np.asarray(jax.random.uniform(key, (ends[-1],), jnp.float32))
-    return {
-        layer.name: part.reshape(shape)
-        for layer, part, shape in zip(
-            layers, np.split(draws, ends[:-1]), shapes, strict=True
-        )
-    }
-
-
-def _trimmed(result: _Rounded, geometry: layers_lib.Geometry) -> _Rounded:
-    """The layer's own part of a result for its padded kernel."""
-    padded = result.kernel.size / math.prod(geometry.kernel_shape)
-    kernel, codes, params = jax.tree.map(
-        lambda x: common_sizes.trim(x, geometry.kernel_shape), result[:3]
-    )
-    return _Rounded(kernel, codes, params, float(result.flip_rate) * padded)
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _finish(kernel, chosen, params, placement, spec) -> _Rounded:
-    return _Rounded(
-        rounding.rounded_weights(placement, chosen, params).astype(kernel.dtype),
-        rounding.codes(placement, chosen, spec),
-        params,
-        rounding.flip_rate(placement, chosen),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _round_blindly(method, spec, kernel, thresholds) -> _Rounded:
-    """A rounding that needs no images; `thresholds` are those of "stochastic"."""
-    params = quantization.calibrate(kernel, spec)
-    placement = rounding.place(kernel, params, spec)
-    if method == "nearest":
-        chosen = rounding.nearest_rounding(placement)
-    elif method == "flipped":
-        chosen = rounding.flipped_rounding(placement)
-    else:
-        chosen = rounding.threshold_rounding(thresholds, placement)
-    return _finish(kernel, chosen, params, placement, spec)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pose(geometry, spec, moments, kernel, flip_weight):
-    """Grid, placement and `RoundingProblem` of a layer, stacked over its groups."""
-    params = quantization.calibrate(kernel, spec)
-    placement = rounding.place(kernel, params, spec)
-    error = jnp.abs(rounding.rounding_error(kernel, placement, params))
-    weights = {
-        "step": jnp.where(placement.free, params.scale, 0.0),
-        "fraction": placement.fraction,
-        "nearest": placement.nearest,
-        "stay_cost": flip_weight * error,
-    }
-    weights = {
-        name: layers_lib.as_matrix(geometry, value) for name, value in weights.items()
-    }
-    problem = jax.vmap(lambda m, w: solvers.rounding_problem(m, **w))(moments, weights)
-    return params, placement, problem
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _descend(geometry, spec, max_sweeps, moments, kernel, flip_weight):
-    """Coordinate descent from nearest."""
-    params, placement, problem = _pose(geometry, spec, moments, kernel, flip_weight)
-    descend = functools.partial(
-        solvers.coordinate_descent, max_sweeps=max_sweeps, block_size=64
-    )
-    solution = moments_lib.per_group(descend, problem, problem.nearest)
-    chosen = layers_lib.as_kernel(geometry, solution.rounding)
-    result = _finish(kernel, chosen, params, placement, spec)
-    return result, solution._replace(rounding=None)

@@ -47,6 +47,35 @@ _KINDS = {
         "Flipped",
         "control: each weight goes to its other neighbour, never to the nearest",
     ),
+    "floor": ("Floor", "control: each weight goes to the grid point below"),
+    "ceil": ("Ceil", "control: each weight goes to the grid point above"),
+    "random": (
+        "Random flips",
+        "control: as many weights flipped as EFRAP flips, by chance; mean over draws",
+    ),
+    "top_error": (
+        "Largest errors",
+        "control: as many weights flipped as EFRAP flips, those nearest moves furthest",
+    ),
+    "noise": (
+        "Noise",
+        "control: Gaussian noise, then nearest; mean over draws",
+    ),
+    "qvec": (
+        "QVec",
+        "control: the shift of nearest rounding subtracted beforehand, then nearest",
+    ),
+    "omse": ("OMSE", "control: nearest on the range of least squared weight error"),
+    "aciq": ("ACIQ", "control: nearest on the range that fits a normal or Laplace"),
+    "gptq": (
+        "GPTQ",
+        "control: one pass in which weights make up for the errors before them",
+    ),
+    "adaround": (
+        "AdaRound",
+        "control: the loop of EFRAP's public code without its flip term",
+    ),
+    "adam": ("EFRAP, Adam", "defence: the loop of EFRAP's public code"),
     "efrap": (
         "EFRAP",
         "defence: keeps each layer's output and moves weights away from the nearest",

@@ -141,7 +141,7 @@ def test_a_width_outside_2_to_8_is_refused_and_printed(bits):
 
 
 def test_an_unknown_range_method_is_answered_with_the_known_ones():
-    with pytest.raises(errors.InputError, match="absmax, minmax, mse, got 'max'"):
+    with pytest.raises(errors.InputError, match="absmax, minmax, mse, .*, got 'max'"):
         Spec(range_method="max")
 
 
@@ -401,7 +401,9 @@ def test_a_range_too_wide_for_float32_gives_finite_values():
 
 
 def test_a_tensor_without_values_gets_scale_one():
-    specs = [Spec(range_method=name) for name in quant_spec.RANGE_METHODS]
+    named = set(quant_spec.RANGE_METHODS) - {"percentile", "histogram"}
+    specs = [Spec(range_method=name) for name in sorted(named)]
+    specs.append(Spec(range_method="percentile", percentile=99.0))
     calibrate_all = for_all(specs, lambda s, x: quantization.calibrate(x, s))
     for params in calibrate_all(np.zeros((0, 3), np.float32)):
         np.testing.assert_array_equal(params.scale, np.ones((1, 3)))
@@ -549,6 +551,68 @@ def test_float32_is_kept_where_x64_is_enabled():
         assert fake_quant(x.astype(np.float64), params, spec).dtype == jnp.float64
         per_tensor = Spec(8, False, None, "minmax")
         assert calibrate_activations(x, per_tensor).scale.dtype == jnp.float32
+
+
+# --- ranges that cut off the ends -----------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+def test_a_percentile_range_leaves_out_its_share_at_each_end(axis):
+    x = normal(50, 7, 400, 3)
+    affine, symmetric = for_all(
+        [Spec(8, sign, axis, "percentile", percentile=95.0) for sign in (False, True)],
+        lambda spec, x: quantization.calibrate(x, spec),
+    )(x)
+    axes = None if axis is None else (0, 1)
+    wide = np.float64(x)
+    low = np.quantile(wide, 0.05, axis=axes, keepdims=True)
+    high = np.quantile(wide, 0.95, axis=axes, keepdims=True)
+    np.testing.assert_allclose(affine.scale, (high - low) / 255, rtol=1e-5)
+    np.testing.assert_array_equal(affine.zero_point, np.round(-low / affine.scale))
+    magnitude = np.quantile(np.abs(wide), 0.95, axis=axes, keepdims=True)
+    np.testing.assert_allclose(symmetric.scale, magnitude / 127, rtol=1e-5)
+
+
+def _expected_error(width, bits, density, reach):
+    """Of clipping at `width` deviations and rounding, by a sum over the density."""
+    x = np.linspace(0, reach, 400_001)
+    clipped = np.square(np.maximum(x - width, 0)) * density(x)
+    return 2 * clipped.sum() * (x[1] - x[0]) + width**2 / (3 * 4**bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_widths_of_aciq_have_the_least_expected_error(bits):
+    laplace = quantization._LAPLACE_WIDTHS[bits]
+    normal_ = quantization._NORMAL_WIDTHS[bits]
+    for width, density in (
+        (laplace, lambda x: np.exp(-x) / 2),
+        (normal_, lambda x: np.exp(-x * x / 2) / np.sqrt(2 * np.pi)),
+    ):
+        best = _expected_error(width, bits, density, 40.0)
+        for other in (width - 0.02, width + 0.02):
+            assert best < _expected_error(other, bits, density, 40.0)
+
+
+def test_aciq_takes_the_distribution_that_fits_and_never_leaves_the_data():
+    random = np.random.default_rng(0)
+    columns = [random.normal(size=20_000), random.laplace(size=20_000)]
+    columns.append(np.where(random.random(20_000) < 0.5, -1.0, 1.0))
+    x = np.stack(columns, axis=1).astype(np.float32)
+    (params,) = for_all([Spec(4, True, -1, "aciq")], study_params)(x)
+    widths = np.squeeze(params.scale) * 7
+    deviation, absolute = np.std(x[:, 0]), np.mean(np.abs(x[:, 1]))
+    assert widths[0] == pytest.approx(2.56 * deviation, rel=1e-3)
+    assert widths[1] == pytest.approx(5.03 * absolute, rel=1e-3)
+    assert widths[2] == 1.0  # 2.56 deviations would be wasted
+
+
+def study_params(spec, x):
+    return quantization.calibrate(x, spec)
+
+
+def test_a_histogram_range_is_for_activations():
+    with pytest.raises(errors.InputError, match="histogram measures activations"):
+        quantization.calibrate(jnp.ones((3, 2)), Spec(range_method="histogram"))
 
 
 # --- activations ---------------------------------------------------------------------

@@ -700,3 +700,69 @@ def test_float32_is_kept_where_x64_is_enabled():
     for left, right in zip(solution, expected, strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
+
+
+# --- several starts, and the path over the flip weight --------------------------------
+
+
+_descend_from_all = jax.jit(solvers.descend_from_all)
+_path = jax.jit(solvers.flip_weight_path)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_channel_keeps_its_best_start(seed):
+    problem = random_problem(seed, "low rank", 1e-3)
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, 2, (4, NUM_INPUTS, NUM_OUTPUTS)).astype(np.float32)
+    starts[0] = problem.nearest
+    together = jax.device_get(_descend_from_all(problem, starts))
+    alone = [descend(problem, start).rounding for start in starts]
+    reached = np.stack([objective_by_hand(problem, rounding) for rounding in alone])
+    got = objective_by_hand(problem, together.rounding)
+    np.testing.assert_allclose(got, reached.min(axis=0), rtol=1e-5)
+    assert np.any(reached.argmin(axis=0) > 0), "another start is the best somewhere"
+    np.testing.assert_allclose(together.trace[-1], got.sum(), rtol=1e-4)
+    assert np.all(np.diff(together.trace) <= 1e-6 * together.trace[0])
+
+
+def test_more_starts_find_the_best_of_all_roundings_more_often():
+    every = all_roundings(NUM_INPUTS)
+    found = {1: 0, 12: 0}
+    for seed in range(4):
+        problem = random_problem(seed, "low rank")
+        random = np.random.default_rng(seed)
+        starts = random.integers(0, 2, (12, NUM_INPUTS, NUM_OUTPUTS))
+        starts = np.where(problem.step > 0, starts, problem.nearest).astype(np.float32)
+        starts[0] = problem.nearest
+        for c in range(4):
+            one = [np.repeat(a[..., c : c + 1], len(every), -1) for a in problem[1:]]
+            choices = np.where(problem.step[:, c] > 0, every, problem.nearest[:, c])
+            errors = objective_by_hand(
+                solvers.RoundingProblem(problem.gram, *one), choices.T
+            )
+            best = errors.min()
+            for count in found:
+                solution = jax.device_get(_descend_from_all(problem, starts[:count]))
+                got = objective_by_hand(problem, solution.rounding)[c]
+                found[count] += got <= best * (1 + 1e-5)
+    assert found[12] > found[1]
+
+
+def test_the_path_is_no_worse_than_each_weight_solved_alone():
+    weights = np.float32([0.0, 0.01, 0.1, 1.0, 10.0])
+    unit = random_problem(2, "relu", 1.0)
+    path = jax.device_get(_path(unit, weights))
+    assert path.rounding.shape == (5, NUM_INPUTS, NUM_OUTPUTS)
+    stays = []
+    for i, weight in enumerate(weights):
+        priced = unit._replace(stay_cost=weight * unit.stay_cost)
+        alone = objective_by_hand(priced, descend(priced, unit.nearest).rounding).sum()
+        here = objective_by_hand(priced, path.rounding[i])
+        assert here.sum() <= alone * (1 + 1e-6)
+        np.testing.assert_allclose(path.objective[i], here.sum(), rtol=1e-4)
+        error = output_error_by_hand(priced, path.rounding[i]).sum()
+        np.testing.assert_allclose(path.output_error[i], error, rtol=1e-4)
+        stays.append(np.sum((path.rounding[i] == unit.nearest) * unit.stay_cost))
+    # A higher price buys fewer weights at nearest and costs output error.
+    assert np.all(np.diff(stays) <= 1e-6) and stays[-1] < stays[0]
+    assert path.output_error[-1] > path.output_error[0]

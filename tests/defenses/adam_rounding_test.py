@@ -66,6 +66,9 @@ class Oracle:
         self.below = np.where(on_grid, np.round(steps), np.floor(steps))
         self.up = np.where(on_grid, 0, np.round(steps) - self.below)
         self.error = np.abs(steps - np.round(steps)) * self.scale * self.free
+        if task.problem is not None:
+            prices = np.asarray(task.problem.stay_cost, np.float64).reshape(4, 3)
+            self.flip_weight = prices.sum() / self.error.sum()
 
     def outputs(self, kernel, inputs):
         outputs = linear(kernel, self.bias, inputs)
@@ -87,7 +90,7 @@ class Oracle:
         penalty = np.sum(self.free * (1 - (2 * share - 1) ** 2))
         return (
             self.output_error(share, batch)
-            + self.task.flip_weight * flip
+            + self.flip_weight * flip
             + PENALTY_WEIGHT * penalty
         )
 
@@ -125,14 +128,13 @@ def make_task(name, *, flip_weight=FLIP_WEIGHT, images=6, seed=0):
         inputs,
         None,
         tail,
-        flip_weight,
         images,
         jax.random.key(seed),
     )
-    return dataclasses.replace(task, problem=make_problem(task))
+    return dataclasses.replace(task, problem=make_problem(task, flip_weight))
 
 
-def make_problem(task):
+def make_problem(task, flip_weight):
     """Second moments by numpy, and the task's choice of weights."""
     oracle = Oracle(task, with_tail=False)
     identity = np.eye(4)
@@ -148,7 +150,7 @@ def make_problem(task):
         oracle.scale * oracle.free,
         np.where(oracle.free, steps - oracle.below, 0),
         oracle.up,
-        task.flip_weight * oracle.error,
+        flip_weight * oracle.error,
     )
     return solvers.RoundingProblem(*(jnp.asarray(a, jnp.float32)[None] for a in arrays))
 
@@ -256,7 +258,7 @@ def test_what_is_reported_is_measured_on_outputs(many_steps):
 
     def objective(share):
         stays = oracle.free & (share == oracle.up)
-        price = task.flip_weight * np.sum(oracle.error * stays)
+        price = oracle.flip_weight * np.sum(oracle.error * stays)
         return oracle.output_error(share) + price
 
     soft_error = oracle.output_error(1 / (1 + np.exp(-after)))

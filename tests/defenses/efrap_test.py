@@ -478,6 +478,85 @@ def test_reconstruction_sees_activations_as_the_quantized_module_feeds_them(dens
     assert result.layers["third"].objective == pytest.approx(error, rel=1e-2)
 
 
+# ---- controls, starts, prices ----
+
+
+def test_floor_and_ceil_take_the_neighbour_they_say(dense):
+    floor, ceil = dense.quantize("floor"), dense.quantize("ceil")
+    for name in dense.layers:
+        steps = dense.kernel(name) / np.asarray(floor.quant_params[name].scale)
+        free = np.abs(steps - np.round(steps)) > 1e-4
+        np.testing.assert_array_equal(floor.codes[name][free], np.floor(steps)[free])
+        np.testing.assert_array_equal(ceil.codes[name][free], np.ceil(steps)[free])
+        np.testing.assert_array_equal(floor.codes[name][~free], np.round(steps)[~free])
+
+
+def test_flips_come_at_the_rate_of_each_layer(dense):
+    shares = {"first": 0.2, "second": 0.0, "third": 0.8}
+    result = dense.fresh("top_error", strength=shares)
+    rates = {name: report.flip_rate for name, report in result.layers.items()}
+    assert rates == pytest.approx(shares, abs=1e-6)
+    by_chance = dense.fresh("random", strength=shares)
+    assert by_chance.layers["second"].flip_rate == 0
+    assert by_chance.layers["third"].flip_rate > 0.4
+
+
+@pytest.mark.parametrize("method", ["noise", "counter_shift"])
+def test_weights_moved_before_nearest_are_codes_on_the_same_grid(dense, method):
+    result, nearest = dense.quantize(method), dense.quantize("nearest")
+    for name in dense.layers:
+        codes = np.asarray(result.codes[name])
+        scale = np.asarray(result.quant_params[name].scale)
+        np.testing.assert_array_equal(scale, nearest.quant_params[name].scale)
+        kernel = result.variables["params"][name]["kernel"]
+        np.testing.assert_allclose(kernel, scale * codes.astype(float), rtol=1e-6)
+        moved = np.mean(codes != np.asarray(nearest.codes[name]))
+        assert result.layers[name].flip_rate == pytest.approx(moved, abs=1e-6)
+    assert 0.1 < result.flip_rate < 0.9
+
+
+def test_feedback_lowers_the_output_error_in_one_pass(dense):
+    result = dense.quantize("feedback")
+    report = result.layers["first"]
+    assert report.objective < 0.8 * report.objective_nearest
+    assert report.trace == () and report.converged is None
+    measured = dense.output_errors(result.variables)["first"]
+    assert report.objective == pytest.approx(measured, rel=1e-2)
+
+
+def test_more_starts_never_end_higher(dense):
+    one = dense.quantize("coordinate")
+    more = dense.quantize("coordinate", starts=("nearest", "feedback", "flipped"))
+    # Later layers see other inputs.
+    first, best = one.layers["first"], more.layers["first"]
+    assert best.objective <= first.objective * (1 + 1e-6)
+    assert best.objective_nearest == pytest.approx(first.objective_nearest, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["element", "neuron"])
+def test_a_price_in_steps_does_not_see_the_scale_of_a_layer(form):
+    """Weights by 8 and inputs by 1/2: the same codes. Not so in weight units."""
+    images = uniform((40, 6))
+    variables = some_variables(OneDense(8), images)
+    scaled = jax.tree.map(lambda x: 8 * x, variables)
+
+    def codes(unit, scale, flip_weight):
+        result = efrap.efrap(
+            OneDense(8),
+            scaled if scale else variables,
+            images / 2 if scale else images,
+            flip_unit=unit,
+            flip_form=form,
+            flip_weight=flip_weight,
+        )
+        return result.codes["dense"], result.flip_rate
+
+    before, rate = codes("step", False, 0.5)
+    np.testing.assert_array_equal(before, codes("step", True, 0.5)[0])
+    assert rate != codes("step", False, 0.0)[1]
+    assert np.any(codes("weight", False, 0.02)[0] != codes("weight", True, 0.02)[0])
+
+
 # ---- bits of the ends, folding ----
 
 
@@ -486,6 +565,36 @@ def test_first_and_last_layer_have_bits_of_their_own(dense):
     for name, bits in zip(dense.layers, (8, 4, 8), strict=True):
         assert result.specs[name].bits == result.layers[name].bits == bits
         assert np.abs(result.codes[name]).max() == 2 ** (bits - 1) - 1
+
+
+def test_inputs_of_the_first_and_the_last_layer_have_their_bits_too(dense):
+    result = dense.quantize("nearest", act_bits=4, grid="efrap_reference")
+    widths = [result.act_specs[name].bits for name in dense.layers]
+    assert widths == [result.specs[name].bits for name in dense.layers] == [8, 4, 8]
+    with pytest.raises(errors.InputError, match="4 and 8 bits"):
+        _ = result.act_spec
+    assert dense.quantize("nearest", act_bits=4).act_spec.bits == 4
+
+
+def test_a_grid_by_name_gives_that_grid(dense):
+    """ONNX Runtime's: one scale per layer, all 16 codes of int4."""
+    result = dense.quantize("nearest", grid="onnxruntime")
+    for name in dense.layers:
+        kernel = dense.kernel(name)
+        scale = np.abs(kernel).max() / 7.5
+        np.testing.assert_allclose(result.quant_params[name].scale, scale, rtol=1e-6)
+        codes = np.clip(np.round(kernel / scale), -8, 7)
+        inside = np.abs(codes) < 7
+        np.testing.assert_array_equal(result.codes[name][inside], codes[inside])
+
+
+def test_percentile_grids_see_no_padding(dense):
+    spec = quantization.QuantSpec(range_method="percentile", percentile=75.0)
+    result = dense.quantize("nearest", spec=spec)
+    for name in dense.layers:
+        magnitude = np.quantile(np.abs(dense.kernel(name)), 0.75, axis=0)
+        got = result.quant_params[name].scale[0]
+        np.testing.assert_allclose(got, magnitude / 7, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -821,7 +930,15 @@ NAN, INF = float("nan"), float("inf")
         ({"weight_bits": None}, ["weight_bits", "None"]),
         ({"act_bits": 16}, ["act_bits", "16"]),
         ({"first_last_bits": 0}, ["first_last_bits", "0"]),
-        ({"method": "newest"}, ["newest", "nearest, flipped, stochastic"]),
+        ({"grid": "tflite"}, ["grid", "tflite", "litert"]),
+        ({"strength": 0.5}, ["coordinate", "strength"]),
+        ({"method": "random", "strength": 1.5}, ["strength", "1.5"]),
+        ({"method": "random", "strength": {}}, ["strength", "layer"]),
+        ({"starts": ()}, ["starts", "nearest"]),
+        ({"starts": ("zero",)}, ["starts", "zero"]),
+        ({"flip_form": "layer"}, ["flip_form", "neuron"]),
+        ({"flip_unit": "metre"}, ["flip_unit", "step"]),
+        ({"method": "newest"}, ["newest", "nearest, floor, ceil, flipped, stochastic"]),
         ({"method": None}, ["None", "coordinate"]),
         ({"flip_weight": -0.1}, ["flip_weight", "-0.1"]),
         ({"flip_weight": NAN}, ["flip_weight", "nan"]),

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring the grid of a layer's input on calibration images."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nad_jax.core import grids, histogram_range, quantization
+
+# Images whose values share one range before ranges are averaged.
+_BATCH = 32
+# Values of one batch that a range is measured on, where all of them are not needed.
+_SAMPLE = 2**14
+
+
+def measure(inputs: jax.Array, grid: grids.Grid, bits: int) -> quantization.QuantParams:
+    """Scale and zero point for a layer's input.
+
+    Extremes are taken over all values; the other methods see an even sample of each
+    batch.
+
+    Args:
+      inputs: `[N, ...]`, the layer's inputs in the float network, in the order of the
+        calibration images.
+      grid: Says how ranges are measured and averaged.
+      bits: Width of layer inputs, before any reduction by the grid.
+    """
+    spec = grid.act_spec(bits)
+    values = _by_batch(inputs)
+    if spec.range_method not in ("absmax", "minmax"):
+        values = values[:, :: _stride(values.shape[1], inputs.shape[1:])]
+    if spec.range_method == "histogram":
+        low, high = histogram_range.histogram_range(
+            np.asarray(values, np.float32), codes=2**bits
+        )
+        return quantization.params_from_range(jnp.float32(low), jnp.float32(high), spec)
+    if grid.act_ema is None:
+        values = values.reshape(1, -1)
+    return _calibrate(values, spec, grid.act_ema or 0.0)
+
+
+def _by_batch(inputs: jax.Array) -> jax.Array:
+    """`[batches, n]`; images that fill no batch are left out."""
+    batches = max(inputs.shape[0] // _BATCH, 1)
+    per_batch = inputs.shape[0] // batches
+    return inputs[: batches * per_batch].reshape(batches, -1)
+
+
+def _stride(size: int, image_shape: tuple[int, ...]) -> int:
+    stride = max(size // _SAMPLE, 1)
+    # A stride prime to an image's size walks through all channels and positions
+    # instead of visiting a few of them.
+    while math.gcd(stride, math.prod(image_shape)) > 1:
+        stride += 1
+    return stride
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _calibrate(values, spec, ema) -> quantization.QuantParams:
+    return quantization.calibrate_activations(values, spec, ema=ema)

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding one layer by any method; the layer walk calls it layer after layer."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nad_jax import errors
+from nad_jax.core import (
+    blind_rounding,
+    error_feedback,
+    losses,
+    quantization,
+    rounding,
+    solvers,
+)
+from nad_jax.defenses import activation_tails, adam_rounding, common_sizes
+from nad_jax.defenses import moments as moments_lib
+from nad_jax.models import layers as layers_lib
+
+# Methods that look at the weights alone.
+BLIND = (
+    "nearest",
+    "floor",
+    "ceil",
+    "flipped",
+    "stochastic",
+    "random",
+    "top_error",
+    "noise",
+    "counter_shift",
+)
+# Those of them that come in degrees, with their default strength.
+STRENGTHS = {"random": 0.5, "top_error": 0.5, "noise": 1.0, "counter_shift": 1.0}
+# Methods that look at the calibration images, with their default flip weight.
+LOOKING = {"coordinate": 0.01, "feedback": 0.0, "adam": 1.0}
+METHODS = (*BLIND, *LOOKING)
+STARTS = ("nearest", "feedback", "flipped")
+FLIP_FORMS = ("element", "neuron")
+FLIP_UNITS = ("weight", "step")
+# Of the blind methods, those that draw a number per weight.
+_DRAWING = ("stochastic", "random", "noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How layers are rounded; hashable, so that it can be compiled in.
+
+    Attributes:
+      name: One of `METHODS`.
+      flip_form: What a weight's price counts: its own error ("element") or the norm of
+        its neuron's ("neuron").
+      flip_unit: "weight" units, as published, or "step": errors in steps, times what
+        one step of an average weight costs at the layer's output. That price follows
+        the layer when its weights or inputs are scaled, so one flip weight means the
+        same in every layer and at every width.
+      max_sweeps: Passes of coordinate descent at most.
+      starts: Of coordinate descent, of `STARTS`; each channel keeps the best end.
+    """
+
+    name: str
+    flip_form: str = "element"
+    flip_unit: str = "weight"
+    max_sweeps: int = 20
+    starts: tuple[str, ...] = ("nearest",)
+
+    def __post_init__(self):
+        for field, value, known in (
+            ("method", self.name, METHODS),
+            ("flip_form", self.flip_form, FLIP_FORMS),
+            ("flip_unit", self.flip_unit, FLIP_UNITS),
+            *(("starts", start, STARTS) for start in self.starts or ("",)),
+        ):
+            if value not in known:
+                raise errors.InputError(
+                    f"{field} must be one of {', '.join(known)}, got {value!r}"
+                )
+        if self.max_sweeps < 1:
+            raise errors.InputError(
+                f"max_sweeps must be at least 1, got {self.max_sweeps}"
+            )
+
+
+class Rounded(NamedTuple):
+    """A kernel on its grid: float values, codes, the grid, share of weights flipped."""
+
+    kernel: jax.Array
+    codes: jax.Array
+    params: quantization.QuantParams
+    flip_rate: jax.Array | float
+
+
+# (layer, float_inputs, inputs) -> result and details for the layer's report
+Rounder = Callable[..., tuple[Rounded, dict[str, Any]]]
+
+
+def make_blind_rounder(
+    method: Method,
+    kernels: Mapping[str, jax.Array],
+    layers: list[layers_lib.Layer],
+    specs: Mapping[str, quantization.QuantSpec],
+    strengths: Mapping[str, float],
+    key: jax.Array,
+) -> Rounder:
+    """What rounds a layer by a method of `BLIND`.
+
+    Args:
+      method: The method.
+      kernels: Layer name -> float kernel.
+      layers: All of them.
+      specs: Layer name -> grid.
+      strengths: Layer name -> the method's strength.
+      key: Randomness.
+    """
+    draws: dict[str, Any] = {layer.name: None for layer in layers}
+    if method.name in _DRAWING:
+        draws = _draw(key, layers)
+
+    def round_layer(layer, float_inputs, inputs):
+        del float_inputs, inputs
+        name, kernel = layer.name, kernels[layer.name]
+        padded = common_sizes.pad_kernel(kernel)
+        params = common_sizes.kernel_params(kernel, specs[name], padded)
+        result = _round_blindly(
+            method.name,
+            specs[name],
+            padded,
+            params,
+            draws[name],
+            np.float32(strengths[name]),
+            np.float32(math.prod(layer.geometry.kernel_shape)),
+        )
+        return _trimmed(result, layer.geometry), {}
+
+    return round_layer
+
+
+def make_descending_rounder(
+    method: Method,
+    kernels: Mapping[str, jax.Array],
+    specs: Mapping[str, quantization.QuantSpec],
+    flip_weight: float,
+) -> Rounder:
+    """What rounds a layer by "coordinate" or "feedback"; arguments as above."""
+    collector = moments_lib.Collector()
+
+    def round_layer(layer, float_inputs, inputs):
+        kernel, geometry = kernels[layer.name], layer.geometry
+        spec = specs[layer.name]
+        moments = collector.collect(geometry, kernel, float_inputs, inputs)
+        shape, padded = geometry, None
+        if geometry.groups == 1:
+            padded = common_sizes.pad_kernel(kernel)
+            moments = common_sizes.pad_moments(moments)
+            shape = layers_lib.Geometry(padded.shape)
+        result, solution = _descend(
+            shape,
+            spec,
+            method,
+            moments,
+            kernel if padded is None else padded,
+            common_sizes.kernel_params(kernel, spec, padded),
+            flip_weight,
+        )
+        if padded is not None:
+            result = _trimmed(result, geometry)
+        trace = [float(value) for value in np.sum(solution.trace, axis=0)]
+        sweeps = int(np.max(solution.sweeps))
+        details: dict[str, Any] = {
+            "objective_nearest": float(np.sum(solution.nearest)),
+            "objective": trace[-1],
+        }
+        if method.name == "coordinate":
+            details["trace"] = tuple(trace[: sweeps + 1])
+            details["converged"] = sweeps < method.max_sweeps
+        return result, details
+
+    return round_layer
+
+
+def make_adam_rounder(
+    method: Method,
+    own: Mapping[str, Mapping[str, Any]],
+    specs: Mapping[str, quantization.QuantSpec],
+    flip_weight: float,
+    tails: Mapping[str, activation_tails.Tail],
+    num_images: int,
+    keys: Mapping[str, jax.Array],
+    adam: adam_rounding.AdamSettings,
+) -> Rounder:
+    """What rounds a layer by "adam".
+
+    Args:
+      method: The method.
+      own: Layer name -> its parameters.
+      specs: Layer name -> grid.
+      flip_weight: Weight of the flip loss.
+      tails: Layer name -> what follows it.
+      num_images: Of the calibration set.
+      keys: Layer name -> randomness.
+      adam: Its settings.
+    """
+    collector = moments_lib.Collector()
+
+    def round_layer(layer, float_inputs, inputs):
+        name, geometry = layer.name, layer.geometry
+        kernel = own[name]["kernel"]
+        moments = collector.collect(geometry, kernel, float_inputs, inputs)
+        params = common_sizes.kernel_params(kernel, specs[name])
+        placement, problem = _pose(
+            geometry, specs[name], method, moments, kernel, params, flip_weight
+        )
+        task = adam_rounding.LayerTask(
+            layer,
+            kernel,
+            own[name].get("bias"),
+            params,
+            placement,
+            float_inputs,
+            inputs,
+            problem,
+            tails[name],
+            num_images,
+            keys[name],
+        )
+        chosen, details = adam_rounding.solve(task, adam)
+        return _finish(kernel, chosen, params, placement, specs[name]), details
+
+    return round_layer
+
+
+def _draw(key: jax.Array, layers: list[layers_lib.Layer]) -> dict[str, np.ndarray]:
+    """Uniform numbers for every weight of the padded kernels, drawn in one go."""
+    shapes = [
+        [
+            common_sizes.padded_size(layer.geometry.num_inputs),
+            common_sizes.padded_size(layer.geometry.kernel_shape[-1]),
+        ]
+        for layer in layers
+    ]
+    ends = np.cumsum([rows * columns for rows, columns in shapes])
+    draws = np.asarray(jax.random.uniform(key, (ends[-1],), jnp.float32))
+    return {
+        layer.name: part.reshape(shape)
+        for layer, part, shape in zip(
+            layers, np.split(draws, ends[:-1]), shapes, strict=True
+        )
+    }
+
+
+def _trimmed(result: Rounded, geometry: layers_lib.Geometry) -> Rounded:
+    """The layer's own part of a result for its padded kernel."""
+    padded = result.kernel.size / math.prod(geometry.kernel_shape)
+    kernel, codes, params = jax.tree.map(
+        lambda x: common_sizes.trim(x, geometry.kernel_shape), result[:3]
+    )
+    return Rounded(kernel, codes, params, float(result.flip_rate) * padded)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _finish(kernel, chosen, params, placement, spec) -> Rounded:
+    return Rounded(
+        rounding.rounded_weights(placement, chosen, params).astype(kernel.dtype),
+        rounding.codes(placement, chosen, spec),
+        params,
+        rounding.flip_rate(placement, chosen),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _round_blindly(name, spec, kernel, params, draws, strength, size) -> Rounded:
+    placement = rounding.place(kernel, params, spec)
+    if name in ("noise", "counter_shift"):
+        if name == "noise":
+            codes = blind_rounding.noisy_codes(
+                draws, kernel, params, spec, deviation=strength
+            )
+        else:
+            codes = blind_rounding.counter_shifted_codes(
+                kernel, params, spec, strength=strength
+            )
+        moved = codes != rounding.codes(placement, placement.nearest, spec)
+        return Rounded(
+            quantization.dequantize(codes, params).astype(kernel.dtype),
+            codes,
+            params,
+            jnp.mean(moved.astype(jnp.float32)),
+        )
+    error = rounding.rounding_error(kernel, placement, params)
+    chosen = {
+        "nearest": lambda: rounding.nearest_rounding(placement),
+        "floor": lambda: jnp.zeros_like(placement.nearest),
+        "ceil": lambda: jnp.where(placement.free, 1.0, 0.0),
+        "flipped": lambda: rounding.flipped_rounding(placement),
+        "stochastic": lambda: rounding.threshold_rounding(draws, placement),
+        "random": lambda: blind_rounding.random_flips(
+            draws, placement, strength * size
+        ),
+        "top_error": lambda: blind_rounding.largest_error_flips(
+            error, placement, strength * size
+        ),
+    }[name]()
+    return _finish(kernel, chosen, params, placement, spec)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pose(geometry, spec, method, moments, kernel, params, flip_weight):
+    """Placement and `RoundingProblem` of a layer, stacked over its groups."""
+    placement = rounding.place(kernel, params, spec)
+    error = rounding.rounding_error(kernel, placement, params)
+    price = losses.rounding_error_weight(error, form=method.flip_form)
+    price = jnp.where(placement.free, flip_weight * price, 0.0)
+    weights = {
+        "step": jnp.where(placement.free, params.scale, 0.0),
+        "fraction": placement.fraction,
+        "nearest": placement.nearest,
+        "stay_cost": price,
+    }
+    weights = {
+        name: layers_lib.as_matrix(geometry, value) for name, value in weights.items()
+    }
+    problem = jax.vmap(lambda m, w: solvers.rounding_problem(m, **w))(moments, weights)
+    if method.flip_unit == "step":
+        # error / step * (step^2 * mean diagonal of the Gram matrix of live inputs)
+        diagonal = jnp.diagonal(problem.gram, axis1=1, axis2=2)
+        live = jnp.sum((diagonal > 0.0).astype(jnp.float32), axis=1)
+        power = jnp.sum(diagonal, axis=1) / jnp.maximum(live, 1.0)
+        problem = problem._replace(
+            stay_cost=problem.stay_cost * problem.step * power[:, None, None]
+        )
+    return placement, problem
+
+
+class _Descent(NamedTuple):
+    """Objective of nearest, trace and sweeps, stacked over groups."""
+
+    nearest: jax.Array
+    trace: jax.Array
+    sweeps: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _descend(geometry, spec, method, moments, kernel, params, flip_weight):
+    placement, problem = _pose(
+        geometry, spec, method, moments, kernel, params, flip_weight
+    )
+    solution = moments_lib.per_group(functools.partial(_solve, method), problem)
+    chosen = layers_lib.as_kernel(geometry, solution.rounding)
+    result = _finish(kernel, chosen, params, placement, spec)
+    nearest = jnp.sum(jax.vmap(solvers.objective)(problem, problem.nearest), axis=1)
+    return result, _Descent(nearest, solution.trace, solution.sweeps)
+
+
+def _solve(method: Method, problem: solvers.RoundingProblem) -> solvers.Solution:
+    if method.name == "feedback":
+        chosen = error_feedback.error_feedback(problem)
+        reached = jnp.sum(solvers.objective(problem, chosen))
+        return solvers.Solution(chosen, reached[None], jnp.int32(0))
+    starts = {
+        "nearest": lambda: problem.nearest,
+        "feedback": lambda: error_feedback.error_feedback(problem),
+        "flipped": lambda: jnp.where(
+            problem.step > 0.0, 1.0 - problem.nearest, problem.nearest
+        ),
+    }
+    chosen = [starts[name]() for name in method.starts]
+    knobs = {"max_sweeps": method.max_sweeps, "block_size": 64}
+    if len(chosen) == 1:
+        return solvers.coordinate_descent(problem, chosen[0], **knobs)
+    return solvers.descend_from_all(problem, jnp.stack(chosen), **knobs)

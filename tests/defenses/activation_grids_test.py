@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer inputs are measured as the grid says."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nad_jax.core import grids, histogram_range
+from nad_jax.defenses import activation_grids
+
+# 64 images in two batches of 32; one extreme each, where no even sample would look.
+INPUTS = np.random.default_rng(0).uniform(0, 1, (64, 40, 40, 3)).astype(np.float32)
+INPUTS[3, 17, 29, 1], INPUTS[50, 5, 11, 2] = -1.0, 3.0
+
+
+def measured(grid, bits):
+    params = activation_grids.measure(jnp.asarray(INPUTS), grid, bits)
+    return float(params.scale.squeeze()), int(params.zero_point.squeeze())
+
+
+@pytest.mark.parametrize(
+    ("preset", "bits", "scale", "zero_point"),
+    # Range -1 to 3 in 255 or 15 steps; a quarter of them lies below zero.
+    [("onnxruntime", 8, 4 / 255, 64), ("litert", 4, 4 / 15, 4)],
+)
+def test_extremes_are_those_of_all_values(preset, bits, scale, zero_point):
+    assert measured(grids.GRIDS[preset], bits) == (pytest.approx(scale), zero_point)
+
+
+def test_ranges_of_batches_are_averaged():
+    """0.75 * [-1, 1] + 0.25 * [0, 3], up to the ends of the uniform values."""
+    grid = grids.Grid(act_range_method="minmax", act_ema=0.75)
+    scale, zero_point = measured(grid, 8)
+    assert scale == pytest.approx((0.75 * 2 + 0.25 * 3) / 255, rel=1e-3)
+    assert zero_point == round(0.75 / scale)
+
+
+@pytest.mark.parametrize(("preset", "top"), [("fbgemm", 127), ("qnnpack", 255)])
+def test_pytorch_searches_256_codes_and_fbgemm_uses_half_of_them(preset, top):
+    scale, zero_point = measured(grids.GRIDS[f"pytorch_{preset}"], 8)
+    # The sample misses both extremes, so the range is nearly that of the bulk.
+    assert scale == pytest.approx(1 / top, rel=0.02) and zero_point == 0
+    values = np.asarray(INPUTS[0])
+    low, high = histogram_range.histogram_range(values, codes=256)
+    params = activation_grids.measure(
+        jnp.asarray(values[None]), grids.GRIDS[f"pytorch_{preset}"], 8
+    )
+    expected = (max(high, 0) - min(low, 0)) / top
+    assert float(params.scale) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_percentile_cuts_both_ends():
+    grid = grids.Grid(act_range_method="percentile", act_percentile=90.0, act_ema=None)
+    inputs = jnp.linspace(-1.0, 1.0, 32 * 25).reshape(32, 25)
+    params = activation_grids.measure(inputs, grid, 8)
+    assert float(params.scale.squeeze()) == pytest.approx(1.6 / 255, rel=1e-5)
