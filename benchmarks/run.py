@@ -10,6 +10,7 @@ A B A B. Nothing is reported while another process uses the machine: exit code 2
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import shutil
@@ -270,7 +271,7 @@ def run_case(
     peaks = measure_peaks(bench, quiet) if case.work is not None else {}
     found = bench.measure(arguments.rounds)
     rows = rows_of(case, found, peaks)
-    if case.name.startswith("erase"):
+    if case.arch is not None:
         _judge(bench, case, rows)
     facts = {
         "command": _command(arguments),
@@ -325,18 +326,23 @@ def _prepare(bench: Bench, case, arguments: argparse.Namespace) -> None:
 
 
 def _judge(bench: Bench, case, rows: list[dict[str, Any]]) -> None:
-    """Adds ACC and ASR of every checkpoint that was written, by one evaluator."""
+    """Adds ACC and ASR of every checkpoint that was written, by one evaluator.
+
+    A side whose work was extrapolated has none to show.
+    """
 
     def rates(file: str) -> tuple[float, float]:
         side = cases_lib.Side("", "judge", {"file": file, "arch": case.arch})
         _, facts, _ = bench.process("ours", side, to_ready=True)
         return facts["acc"], facts["asr"]
 
-    before = rates("victim")
+    rates = functools.cache(rates)
     for row in rows:
-        row["victim_acc"], row["victim_asr"] = before
+        row["victim_acc"], row["victim_asr"] = rates("victim")
         for who in ("ours", "theirs"):
-            row[f"{who}_acc"], row[f"{who}_asr"] = rates(row.pop(f"{who}_file"))
+            file = row.pop(f"{who}_file", None)
+            if file is not None:
+                row[f"{who}_acc"], row[f"{who}_asr"] = rates(file)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -69,4 +69,4 @@ def efrap(channel: protocol.Channel, options: dict) -> None:
         {name: np.ascontiguousarray(array) for name, array in arrays.items()},
         folder / "ours_rounded",
     )
-    channel.ready(**facts)
+    channel.ready(file="ours_rounded", **facts)

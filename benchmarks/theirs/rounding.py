@@ -68,11 +68,11 @@ def efrap(channel: protocol.Channel, options: dict) -> None:
         )
     state = net.state_dict()
     state |= {f"{name}.weight": weight for name, weight in rounded.items()}
-    torch.save({k: v.contiguous() for k, v in state.items()}, folder / "theirs_rounded")
-    told = {"layers": layers, **steps.facts()}
-    if extra:
-        told |= {"extra_seconds": extra}
-    channel.ready(**told)
+    file = f"theirs_rounded_{'channels_last' if last else 'shipped'}"
+    torch.save({k: v.contiguous() for k, v in state.items()}, folder / file)
+    # Weights after a few of the steps are nobody's result.
+    more = {"extra_seconds": extra} if extra else {"file": file}
+    channel.ready(layers=layers, **more, **steps.facts())
 
 
 def _inputs_and_targets(net, batches, wanted: str, rounded):
@@ -132,17 +132,22 @@ def _reconstruct(inputs, targets, parts, bits: int, count: int):
     logits = nn.Parameter(-torch.log(1 / share - 1))
     adam = torch.optim.Adam([logits], lr=1e-3)
     order = torch.randint(len(inputs), (count,)).tolist()
-    started = time.perf_counter()
-    for index in order:
+
+    def loss_of(index: int) -> torch.Tensor:
         soft = torch.sigmoid(logits)
         output = _apply(layer, norm, relu, inputs[index], on_grid(soft))
         preserved = (output - targets[index]).pow(2).sum(1).mean()
         cross = flipped * torch.log(soft + 1e-8)
         cross = cross + (1 - flipped) * torch.log(1 - soft + 1e-8)
         penalty = (1 - (2 * soft - 1).pow(2)).sum()
-        loss = preserved - (error * cross).sum() + _PENALTY * penalty
+        return preserved - (error * cross).sum() + _PENALTY * penalty
+
+    # Not timed, or what a first step sets up would be extrapolated with the rest.
+    loss_of(order[0]).backward()
+    started = time.perf_counter()
+    for index in order:
         adam.zero_grad(set_to_none=True)
-        loss.backward()
+        loss_of(index).backward()
         adam.step()
     seconds = time.perf_counter() - started
     return on_grid((logits.detach() >= 0).to(weight.dtype)), seconds

@@ -140,12 +140,14 @@ def augment(
             (row >= top) & (row < top + cutout),
             (column >= left) & (column < left + cutout),
         )
-    # One gather of the pixels wanted; the padded copy is never made.
-    pixels = images[
-        jnp.arange(batch)[:, None, None],
-        jnp.clip(from_row, 0, height - 1)[:, :, None],
-        jnp.clip(from_column, 0, width - 1)[:, None, :],
-    ]
+    # One gather of the pixels wanted; the padded copy is never made. Under `vmap`, not
+    # with the number of the image as an index: a split batch would be collected on
+    # every device first, for all the compiler knows.
+    pixels = jax.vmap(lambda image, rows, columns: image[rows[:, None], columns])(
+        images,
+        jnp.clip(from_row, 0, height - 1),
+        jnp.clip(from_column, 0, width - 1),
+    )
     return jnp.where(visible[..., None], pixels, jnp.zeros((), images.dtype))
 
 

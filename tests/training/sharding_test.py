@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes that fit a batch, and arrays that come back from them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nad_jax.data import batches
 from nad_jax.training import sharding
 
 
@@ -23,3 +26,16 @@ def test_unreplicated_arrays_are_bound_to_no_device():
     back = sharding.unreplicate(copies)
     assert all(not leaf.committed for leaf in jax.tree.leaves(back))
     jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+def test_varying_the_images_of_a_split_batch_needs_no_other_device():
+    """Each device crops its own images; it does not collect those of the others."""
+    mesh = sharding.data_mesh()
+    images = jnp.asarray(
+        np.random.default_rng(0).uniform(size=(16, 6, 6, 3)), "float32"
+    )
+    key, whole = jax.random.key(0), jax.jit(batches.augment)
+    split = sharding.shard_batch(images, mesh)
+    program = whole.lower(key, split).compile().as_text()
+    assert not re.findall("all-(?:gather|reduce|to-all)|collective-", program)
+    np.testing.assert_array_equal(whole(key, split), whole(key, images))
