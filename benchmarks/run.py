@@ -15,6 +15,7 @@ import json
 import pathlib
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -210,10 +211,15 @@ class Bench:
 def rows_of(
     case: cases_lib.Case, found: dict[tuple[str, str], Any], peaks: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Each of our sides against each of theirs."""
+    """Each of our sides against each of theirs; "strongest" is their fastest."""
     floor = None
     if case.work is not None and peaks:
         floor = case.work.seconds(**peaks)
+    medians = {
+        variant: statistics.median(side["seconds"])
+        for (who, variant), side in found.items()
+        if who == "theirs"
+    }
     rows = []
     for (who, ours_variant), ours in found.items():
         if who != "ours":
@@ -237,6 +243,7 @@ def rows_of(
                     ours_peak_bytes=ours["peak_bytes"],
                     theirs_peak_bytes=theirs["peak_bytes"],
                     floor_seconds=floor,
+                    strongest=variant == min(medians, key=medians.__getitem__),
                     extrapolated="extra_seconds" in theirs["facts"],
                     **more,
                 )

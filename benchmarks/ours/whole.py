@@ -45,7 +45,12 @@ def erase(channel: protocol.Channel, options: dict) -> None:
     )
     arrays = name_maps.to_torch(defended.variables, net.names)
     safetensors.numpy.save_file(arrays, folder / "ours_repaired")
-    channel.ready(file="ours_repaired", **facts)
+    channel.ready(
+        file="ours_repaired",
+        epochs=training.epochs,
+        teacher_epochs=recipe.teacher_epochs,
+        **facts,
+    )
 
 
 def efrap(channel: protocol.Channel, options: dict) -> None:

@@ -48,25 +48,29 @@ def erase(channel: protocol.Channel, options: dict) -> None:
     student = student.to(memory_format=layout)
     images, labels = read_data(folder, "clean")
     teacher = copy.deepcopy(student)
+    teacher_epochs = options.get("teacher_epochs", TEACHER_EPOCHS)
+    epochs = options.get("epochs", EPOCHS)
     training.tune(
         teacher,
         images,
         labels,
-        epochs=options.get("teacher_epochs", TEACHER_EPOCHS),
+        epochs=teacher_epochs,
         channels_last=last,
     )
     training.tune(
         student,
         images,
         labels,
-        epochs=options.get("epochs", EPOCHS),
+        epochs=epochs,
         teacher=teacher.eval().requires_grad_(False),
         channels_last=last,
     )
     file = f"theirs_repaired_{'channels_last' if last else 'shipped'}"
     state = {name: value.contiguous() for name, value in student.state_dict().items()}
     torch.save(state, folder / file)
-    channel.ready(file=file, **steps.facts())
+    channel.ready(
+        file=file, epochs=epochs, teacher_epochs=teacher_epochs, **steps.facts()
+    )
 
 
 def read(path: pathlib.Path) -> dict:

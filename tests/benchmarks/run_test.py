@@ -105,6 +105,7 @@ def test_sides_work_in_turn_and_the_file_tells(monkeypatch, tmp_path, idle, side
     assert _lines(tmp_path) == ["start a", "start b", "start c", *["a", "b", "c"] * 3]
     written = _written(tmp_path)
     assert [row["ratio"] for row in written["cases"]] == [6.0, 2.5]
+    assert [row["strongest"] for row in written["cases"]] == [False, True]
     assert written["cases"][0]["runs"]["ours"] == [2.0] * 3
     assert written["cases"][0]["memory_ratio"] > 0
     assert written["command"] == (
