@@ -13,6 +13,12 @@ Ctrl-C (SIGINT) or SIGTERM: the step at work is finished and committed, one line
 so, and the exit code is 130 after SIGINT and 0 after SIGTERM, which is how schedulers
 ask for the machine. A run is finished when report.json is there. A second signal stops
 at once, with 128 + its number; nothing that was committed is lost by that either.
+
+On several machines, start the same command on each; in SLURM, Open MPI, Kubernetes or a
+TPU pod they find each other (launch/README.md), or stop. Elsewhere each is also given
+--coordinator_address=HOST:PORT, --num_processes=N, --process_id=0..N-1.
+--distributed=required refuses to run alone, --distributed=off insists on it. They wait
+--wait_seconds=300 for each other. A signal to one of them stops all.
 """
 
 import contextlib
@@ -23,6 +29,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,17 +53,21 @@ def main(argv: Sequence[str]) -> int:
         print(f"{__doc__}\nShipped configs: {', '.join(_shipped_names())}")
         return 0
     try:
-        config, workdir = _parse(argv)
-        return _run(config, workdir, argv)
+        return _run(*_parse(argv), argv)
     except errors.InputError as error:
         print(f"nad_jax: {error}", file=sys.stderr)
+        _leave_cluster(error, 2)
         return 2
     except KeyboardInterrupt:
         print("nad_jax: interrupted before the run began", file=sys.stderr)
         return 130
+    except Exception as error:
+        _leave_cluster(error, 1)
+        raise
 
 
-def _parse(argv: Sequence[str]) -> tuple[Any, str]:
+def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
+    """Settings, workdir, and the arguments of `cluster.join`."""
     values = flags.FlagValues()
     argv = [_resolve(argument) for argument in argv]
     config = config_flags.DEFINE_config_file(
@@ -68,6 +79,13 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str]:
         sys_argv=argv,
     )
     workdir = flags.DEFINE_string("workdir", None, "results", flag_values=values)
+    joining = [
+        flags.DEFINE_string("distributed", "auto", "when to join", flag_values=values),
+        flags.DEFINE_string("coordinator_address", None, "of 0", flag_values=values),
+        flags.DEFINE_integer("num_processes", None, "how many", flag_values=values),
+        flags.DEFINE_integer("process_id", None, "which one", flag_values=values),
+        flags.DEFINE_integer("wait_seconds", 300, "for others", flag_values=values),
+    ]
     try:
         rest = values(argv, known_only=False)
     except (AttributeError, KeyError) as error:
@@ -93,7 +111,12 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str]:
     ).stem
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     typed = settings.parse(config.value.to_dict())
-    return typed, workdir.value or f"runs/{name}-{stamp}"
+    mode, *others = joining
+    return (
+        typed,
+        workdir.value or f"runs/{name}-{stamp}",
+        {"mode": mode.value, **{flag.name: flag.value for flag in others}},
+    )
 
 
 def _resolve(argument: str) -> str:
@@ -149,9 +172,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _run(config: Any, path: str, argv: Sequence[str]) -> int:
+def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -> int:
     import dataclasses
 
+    from nad_jax.training import cluster, environment
+
+    environment.use_cpu_cores()
+    # Once JAX has looked for devices, it is too late.
+    processes = cluster.join(**joining)
     from nad_jax import (
         audit_experiment,
         efrap_experiment,
@@ -161,20 +189,25 @@ def _run(config: Any, path: str, argv: Sequence[str]) -> int:
         zoo,
     )
     from nad_jax import workdir as workdir_lib
-    from nad_jax.training import environment
 
+    judges = {"audit": audit_experiment, "vet": vet_experiment}
+    if config.job in judges and processes > 1:
+        raise cluster.AgreedError(
+            f"the job {config.job} runs in one process, got {processes}; use "
+            "--distributed=off"
+        )
     pipeline.git_commit()
     if config.job == "nad":
         config = zoo.resolve(config)
-    environment.use_cpu_cores()
     environment.enable_compile_cache()
     with _stop_requests() as stop:
         workdir = workdir_lib.Workdir(
-            path, dataclasses.asdict(config), should_stop=stop.is_set
+            path,
+            dataclasses.asdict(config),
+            should_stop=cluster.AgreedFlag(stop.is_set),
         )
         try:
             command = " ".join(["python -m nad_jax.main", *argv[1:]])
-            judges = {"audit": audit_experiment, "vet": vet_experiment}
             if config.job in judges:
                 judge = judges[config.job]
                 return judge.exit_code(judge.run(config, workdir, command=command))
@@ -190,6 +223,22 @@ def _run(config: Any, path: str, argv: Sequence[str]) -> int:
         finally:
             workdir.close()
     return 0
+
+
+def _leave_cluster(error: Exception, exit_code: int) -> None:
+    """Ends the process if others may be waiting for it that do not know of the error.
+
+    Imported here, since most mistakes are found before JAX is needed.
+    """
+    if "nad_jax.training.cluster" not in sys.modules:
+        return
+    from nad_jax.training import cluster
+
+    if isinstance(error, cluster.AgreedError) or not cluster.is_joined():
+        return
+    if not isinstance(error, errors.InputError):
+        traceback.print_exception(error)
+    cluster.abandon(exit_code)
 
 
 class _StopRequest:

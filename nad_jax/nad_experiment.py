@@ -23,7 +23,7 @@ from nad_jax.core import metrics
 from nad_jax.data import sources
 from nad_jax.defenses import base
 from nad_jax.report import schema
-from nad_jax.training import environment, evaluation
+from nad_jax.training import cluster, environment, evaluation, sharding
 
 # What a run of this kind is to show; printed with a tick or a cross, never enforced.
 _AWAKE_ASR = 0.95
@@ -48,6 +48,7 @@ class _Scene:
             self.test.labels,
             trigger=trigger,
             target_labels=self.target_labels,
+            mesh=sharding.forward_mesh(),
         )
 
 
@@ -110,12 +111,13 @@ def run(
                     nets,
                 )
     data = (len(indices[0]), len(indices[1]))
+    curves = cluster.from_first(lambda: _curves(rows, workdir) if config.curves else [])
     return pipeline.write_report(
         config,
         workdir,
         rows=rows,
         claims=_claims(rows, inmate),
-        curves=_curves(rows, workdir) if config.curves else (),
+        curves=curves,
         canary=canary,
         figures=figures,
         notes=[
@@ -161,7 +163,8 @@ def _clean_indices(config, scene, workdir, seed, key) -> tuple[np.ndarray, np.nd
         validation_fraction=config.defense.validation_fraction,
     )
     record = {"train": rows.tolist(), "validation": validation_rows.tolist()}
-    schema.write_json(workdir.path / f"clean_indices-seed{seed}.json", record)
+    if cluster.is_first():
+        schema.write_json(workdir.path / f"clean_indices-seed{seed}.json", record)
     return rows, validation_rows
 
 

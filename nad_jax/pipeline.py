@@ -6,6 +6,7 @@ Nothing here knows which attack or which defence is running.
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import pathlib
 import subprocess
@@ -24,6 +25,7 @@ from nad_jax.data import batches, sources
 from nad_jax.report import html, schema, tables
 from nad_jax.training import (
     augmentation,
+    cluster,
     environment,
     loop,
     optimizers,
@@ -36,16 +38,29 @@ from nad_jax.training import state as state_lib
 
 
 def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dataset]:
-    """Training and test images of a config."""
-    train, test = (
-        sources.load(
-            data.name,
-            split=split,
-            data_dir=data.data_dir,
-            image_size=data.image_size,
-        )
-        for split in ("train", "test")
-    )
+    """Training and test images of a config.
+
+    Every process reads them for itself, and all must have read the same.
+    """
+    loaded: list[sources.Dataset] = []
+
+    def load() -> str:
+        digest = hashlib.sha256()
+        for split in ("train", "test"):
+            dataset = sources.load(
+                data.name,
+                split=split,
+                data_dir=data.data_dir,
+                image_size=data.image_size,
+            )
+            loaded.append(dataset)
+            if jax.process_count() > 1:
+                digest.update(np.asarray(dataset.images).tobytes())
+                digest.update(np.asarray(dataset.labels).tobytes())
+        return digest.hexdigest()
+
+    cluster.in_all(load)
+    train, test = loaded
     return train, test
 
 
@@ -145,12 +160,16 @@ class EarlierRun:
         from nad_jax.training import checkpoints
 
         folder = self._path / "checkpoints" / name
-        if not checkpoints.steps(folder):
-            raise errors.InputError(
-                f"config.victim_workdir {self._path} has no checkpoint {name!r}"
-            )
+
+        def restore():
+            if not checkpoints.steps(folder):
+                raise errors.InputError(
+                    f"config.victim_workdir {self._path} has no checkpoint {name!r}"
+                )
+            return checkpoints.restore(folder, like)
+
         with self._workdir.timed(name):
-            return checkpoints.restore(folder, like)[0]
+            return cluster.tree_from_first(restore, like)[0]
 
 
 # ----------------------------------------------------------------------------- report
@@ -275,9 +294,13 @@ def write_report(
             f"Canary for wrong numbers under jit: passed={canary['passed']}.",
         ],
     )
-    schema.write_text(workdir.path / "report.html", html.render(report, figures))
-    # Last, so that a report.json on disk means that the run was finished.
-    schema.write_json(workdir.path / "report.json", report)
+
+    def write():
+        schema.write_text(workdir.path / "report.html", html.render(report, figures))
+        # Last, so that a report.json on disk means that the run was finished.
+        schema.write_json(workdir.path / "report.json", report)
+
+    cluster.from_first(write)
     workdir.say(tables.headline(rows))
     workdir.say(f"report: {workdir.path / 'report.html'}")
     return report

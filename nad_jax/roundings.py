@@ -20,7 +20,7 @@ from nad_jax.data import batches, sources
 from nad_jax.defenses import adam_rounding, layer_rounding
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import layers as layers_lib
-from nad_jax.training import evaluation
+from nad_jax.training import evaluation, sharding
 
 EVAL = {"train": False}
 # What takes long enough to be a stage of the workdir.
@@ -99,6 +99,7 @@ def make_evaluate(
             test.labels,
             trigger=trigger,
             target_labels=target_labels,
+            mesh=sharding.forward_mesh(),
         )
 
     def evaluate(variables, result=None):
@@ -175,6 +176,7 @@ def quantize(
         max_sweeps=defense.max_sweeps,
         adam=_adam(defense),
         layers=layers,
+        mesh=sharding.forward_mesh(images.shape[0]),
     )
     if arguments["method"] not in _SOLVED:
         started = time.perf_counter()

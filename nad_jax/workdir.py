@@ -12,6 +12,9 @@
 A repeated command goes on from the last commit, and ends with the files of a run that
 was never stopped, times apart. For metrics.jsonl that is so because each commit holds
 the lines of its stage: the file is written anew from them.
+
+Of several processes the first alone reads, writes and speaks; the others learn from it
+(`training.cluster`).
 """
 
 import contextlib
@@ -30,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from nad_jax import errors
 from nad_jax.report import schema
+from nad_jax.training import cluster
 
 if TYPE_CHECKING:
     from nad_jax.training import commits as commits_lib
@@ -80,7 +84,13 @@ class Workdir:
         self.seconds: dict[str, float] = {}
         self.should_stop = should_stop
         self._stage: _Stage | None = None
+        self._metrics: Any = None
+        self._lock: Any = None
         config = schema.plain(config, "config")
+        cluster.from_first(lambda: self._claim(config))
+
+    def _claim(self, config: Any) -> None:
+        """Makes the folder or recognises it, and holds its lock."""
         with contextlib.ExitStack() as on_failure:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -117,6 +127,8 @@ class Workdir:
             ) from None
 
     def close(self) -> None:
+        if self._metrics is None:
+            return
         # What a full disk did not take was reported by `record`.
         with contextlib.suppress(OSError):
             self._metrics.close()
@@ -130,6 +142,8 @@ class Workdir:
     def _write(self, lines: list[str]) -> None:
         if self._stage is not None:
             self._stage.lines += lines
+        if self._metrics is None:
+            return
         try:
             self._metrics.write("".join(f"{line}\n" for line in lines).encode())
             self._metrics.flush()
@@ -141,7 +155,8 @@ class Workdir:
 
     def say(self, text: str) -> None:
         """A plain line for the user."""
-        print(text, flush=True)
+        if cluster.is_first():
+            print(text, flush=True)
 
     def progress(self, name: str, total: int) -> "Progress":
         """Progress of one stage: a bar on a terminal, one line at the end elsewhere."""
@@ -182,8 +197,10 @@ class Workdir:
 
         notes = {} if notes is None else notes
         folder = self.path / "checkpoints" / name
-        if checkpoints.steps(folder):
-            result, metadata = checkpoints.restore(folder, like)
+        if cluster.from_first(lambda: bool(checkpoints.steps(folder))):
+            result, metadata = cluster.tree_from_first(
+                lambda: checkpoints.restore(folder, like), like
+            )
             self.seconds[name] = metadata["seconds"]
             # Version 0.1.0 kept none.
             self._write(metadata.get("lines", []))
@@ -199,16 +216,17 @@ class Workdir:
                 "lines": stage.lines,
                 "notes": notes,
             }
-            checkpoints.save(folder, 0, result, metadata)
-        checkpoints.tidy(folder)
-        shutil.rmtree(self._unfinished(name), ignore_errors=True)
+            cluster.from_first(lambda: checkpoints.save(folder, 0, result, metadata))
+        if cluster.is_first():
+            checkpoints.tidy(folder)
+            shutil.rmtree(self._unfinished(name), ignore_errors=True)
         return result
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[_Stage]:
         if self._stage is not None:
             raise RuntimeError(f"stage {name} inside of stage {self._stage.name}")
-        self._stage = _Stage(name, self._metrics.tell())
+        self._stage = _Stage(name, self._metrics.tell() if self._metrics else 0)
         try:
             yield self._stage
         finally:
@@ -238,8 +256,9 @@ class Workdir:
             stage.began = time.perf_counter()
             stage.seconds = remembered["seconds"]
             stage.lines = []
-            self._metrics.seek(stage.start)
-            self._metrics.truncate()
+            if self._metrics is not None:
+                self._metrics.seek(stage.start)
+                self._metrics.truncate()
             self._write(remembered["lines"])
             self.say(f"{part}: goes on from {folder}")
 
@@ -288,7 +307,7 @@ class Progress:
         self._name = name
         self._started = time.perf_counter()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and cluster.is_first():
             import tqdm
 
             self._bar = tqdm.tqdm(total=total, desc=name, leave=False)
@@ -304,7 +323,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         seconds = time.perf_counter() - self._started
-        print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
+        if cluster.is_first():
+            print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
 
 
 def _differences(stored: Any, config: Any, where: str = "config") -> list[str]:

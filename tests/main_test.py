@@ -209,3 +209,42 @@ def test_a_second_signal_stops_at_once(tmp_path):
         stderr.seek(0)
         assert process.returncode in (130, 143)
         assert stderr.read() == "nad_jax: stopped at once\n"
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_report_of_one(finished, tmp_path):
+    """By launch/local.sh; process 0 finds the victims and tells the other."""
+    rows = ("float", "nearest", "efrap")
+    result = subprocess.run(
+        [
+            *("bash", str(ROOT / "launch" / "local.sh"), "2", "--", SMOKE),
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.victim_workdir={finished}",
+            f"--config.defense.roundings={rows[1:]!r}",
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "DEVICES": "2",
+            "XLA_FLAGS": "",
+            "PYTHON": sys.executable,
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("report: ") == 1
+    expected = schema.read_report(finished / "report.json")
+    report = schema.read_report(tmp_path / "run" / "report.json")
+    assert len(report["devices"]) == 4
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds.count("row") == len(report["rows"]) == 2 * len(rows)
+    by_name = {(row["model"], row["name"]): row for row in expected["rows"]}
+    for row in report["rows"]:
+        other = by_name[row["model"], row["name"]]
+        for rate in ("acc", "asr", "ra"):
+            # The sums of EFRAP are added in another order: an image may change sides.
+            tolerance = 0.005 if row["name"] == "efrap" else 0
+            assert row[rate] == pytest.approx(other[rate], abs=tolerance), row["name"]

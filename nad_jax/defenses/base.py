@@ -134,7 +134,10 @@ def validation_accuracy(net: Net, data: CleanData) -> Callable[[Any], float]:
             "a decision needs held-out images; raise validation_fraction, got 0 images"
         )
     evaluate = evaluation.make_evaluator(
-        net.logits, data.validation_images, data.validation_labels
+        net.logits,
+        data.validation_images,
+        data.validation_labels,
+        mesh=sharding.forward_mesh(),
     )
     return lambda variables: float(evaluate(variables)["acc"] or 0.0)
 

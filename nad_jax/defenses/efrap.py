@@ -39,6 +39,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nad_jax import errors
 from nad_jax.core import grids, quantization
@@ -51,6 +52,7 @@ from nad_jax.defenses import (
 )
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import sharding
 
 METHODS = layer_rounding.METHODS
 
@@ -232,6 +234,7 @@ def efrap(
     layers: list[layers_lib.Layer] | None = None,
     on_layer: Callable[[LayerReport], None] | None = None,
     finished: MutableMapping[str, FinishedLayer] | None = None,
+    mesh: Mesh | None = None,
 ) -> Quantized:
     """Quantizes the weights (and activations) of a module, rounding by `method`.
 
@@ -276,6 +279,9 @@ def efrap(
       finished: Layer name -> what an earlier call with the same arguments, cut short,
         has made of the layer: taken as it is, so that the result is bitwise that of one
         whole call. Each layer solved here is put in, after `on_layer`.
+      mesh: From `training.sharding`, to split the images over devices and, in
+        "coordinate" and "feedback", the output channels of a layer, where they divide.
+        "adam" draws its minibatches from all images; there, it changes nothing.
 
     Returns:
       A `Quantized`. The input variables are not changed.
@@ -343,6 +349,7 @@ def efrap(
             how, kernels, layers, specs, strengths, key
         )
     elif method == "adam":
+        mesh = None
         adam = adam or adam_rounding.AdamSettings()
         rounder = layer_rounding.make_adam_rounder(
             how,
@@ -362,7 +369,7 @@ def efrap(
         )
     else:
         rounder = layer_rounding.make_descending_rounder(
-            how, kernels, specs, flip_weight
+            how, kernels, specs, flip_weight, mesh
         )
     new_params = dict(variables["params"])
     finished = {} if finished is None else finished
@@ -393,6 +400,8 @@ def efrap(
             kernel = _on_grid(finished[layer.name], layer, own["kernel"].dtype)
         else:
             result, details = rounder(layer, float_inputs, inputs)
+            if mesh is not None:
+                result = sharding.unreplicate(result)
             kernel = result.kernel
             report = LayerReport(
                 layer.name,
@@ -408,13 +417,17 @@ def efrap(
         new_params = layers_lib.set_in(
             new_params, layer.path, {**own, "kernel": kernel}
         )
+        if mesh is not None:
+            kernel = sharding.replicate(kernel, mesh)
         return kernel, inputs
 
     is_solved = len(given) == len(layers)
     if (method in layer_rounding.LOOKING and not is_solved) or act_specs:
+        if mesh is not None:
+            images = sharding.shard_batch(images, mesh)
         layer_walk.walk(
             module,
-            variables,
+            variables if mesh is None else sharding.replicate(variables, mesh),
             images,
             layers,
             quantize_layer,
@@ -434,7 +447,7 @@ def efrap(
         specs,
         {layer.name: finished[layer.name].report for layer in layers},
         act_specs,
-        act_params,
+        act_params if mesh is None else sharding.unreplicate(act_params),
         apply_kwargs,
     )
 

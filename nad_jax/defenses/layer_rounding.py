@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nad_jax import errors
 from nad_jax.core import (
@@ -23,6 +24,7 @@ from nad_jax.core import (
 from nad_jax.defenses import activation_tails, adam_rounding, common_sizes
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import sharding
 
 # Methods that look at the weights alone.
 BLIND = (
@@ -146,9 +148,14 @@ def make_descending_rounder(
     kernels: Mapping[str, jax.Array],
     specs: Mapping[str, quantization.QuantSpec],
     flip_weight: float,
+    mesh: Mesh | None = None,
 ) -> Rounder:
-    """What rounds a layer by "coordinate" or "feedback"; arguments as above."""
-    collector = moments_lib.Collector()
+    """What rounds a layer by "coordinate" or "feedback"; arguments as above.
+
+    Args:
+      mesh: What inputs are split over, if anything; channels then are, too.
+    """
+    collector = moments_lib.Collector(mesh)
 
     def round_layer(layer, float_inputs, inputs):
         kernel, geometry = kernels[layer.name], layer.geometry
@@ -163,6 +170,7 @@ def make_descending_rounder(
             shape,
             spec,
             method,
+            mesh,
             moments,
             kernel if padded is None else padded,
             common_sizes.kernel_params(kernel, spec, padded),
@@ -345,16 +353,35 @@ class _Descent(NamedTuple):
     sweeps: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _descend(geometry, spec, method, moments, kernel, params, flip_weight):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _descend(geometry, spec, method, mesh, moments, kernel, params, flip_weight):
+    """Whole on every device, whoever has solved which channels."""
     placement, problem = _pose(
         geometry, spec, method, moments, kernel, params, flip_weight
     )
+    if mesh is not None:
+        problem = _split_channels(problem, mesh)
     solution = moments_lib.per_group(functools.partial(_solve, method), problem)
     chosen = layers_lib.as_kernel(geometry, solution.rounding)
     result = _finish(kernel, chosen, params, placement, spec)
     nearest = jnp.sum(jax.vmap(solvers.objective)(problem, problem.nearest), axis=1)
-    return result, _Descent(nearest, solution.trace, solution.sweeps)
+    outcome = result, _Descent(nearest, solution.trace, solution.sweeps)
+    if mesh is None:
+        return outcome
+    return jax.lax.with_sharding_constraint(outcome, sharding.replicated(mesh))
+
+
+def _split_channels(problem: solvers.RoundingProblem, mesh: Mesh):
+    """The problem `[groups, ..., C]` with its channels split, where they divide."""
+    if problem.fraction.shape[-1] % mesh.size:
+        return problem
+
+    def split(x):
+        spec = PartitionSpec(*[None] * (x.ndim - 1), sharding.DATA_AXIS)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    # All channels share the Gram matrix.
+    return jax.tree.map(split, problem)._replace(gram=problem.gram)
 
 
 def _solve(method: Method, problem: solvers.RoundingProblem) -> solvers.Solution:

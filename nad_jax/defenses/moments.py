@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of a layer's inputs, a chunk of images at a time."""
+"""Second moments of a layer's inputs, a chunk of images at a time.
+
+With images split over devices, each device adds up the moments of its own, and one sum
+over devices ends it.
+"""
 
 import dataclasses
 import functools
@@ -7,10 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from nad_jax.core import solvers
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import sharding
 
 # Unfolded inputs alive at a time; bounds memory whatever the number of images.
 _UNFOLDED_BYTES = 16 * 2**20
@@ -44,9 +51,13 @@ class Collector:
 
     Layers that are fed by the very same tensor (query, key and value of an attention
     block) share one Gram matrix, which is most of the work.
+
+    Args:
+      mesh: If given, all inputs are split over it.
     """
 
-    def __init__(self):
+    def __init__(self, mesh: Mesh | None = None):
+        self._mesh = mesh
         self._inputs: Any = None
         self._unfolding: Any = None
         self._gram: Any = None
@@ -71,13 +82,23 @@ class Collector:
             geometry, kernel_shape=(*geometry.kernel_shape[:-1], 0)
         )
         known = inputs is self._inputs and unfolding == self._unfolding
-        moments = _zeros(geometry)
-        chunk = _chunk_size(geometry, inputs)
-        for first in range(0, inputs.shape[0], chunk):
-            part = slice(first, first + chunk)
-            moments = _add_chunk(
-                geometry, not known, moments, kernel, float_inputs[part], inputs[part]
+        if self._mesh is not None:
+            moments = _collect_split(
+                geometry, not known, self._mesh, kernel, float_inputs, inputs
             )
+        else:
+            moments = _zeros(geometry)
+            chunk = _chunk_size(geometry, inputs.shape)
+            for first in range(0, inputs.shape[0], chunk):
+                part = slice(first, first + chunk)
+                moments = _add_chunk(
+                    geometry,
+                    not known,
+                    moments,
+                    kernel,
+                    float_inputs[part],
+                    inputs[part],
+                )
         if known:
             moments = moments._replace(gram=self._gram)
         self._inputs, self._unfolding = inputs, unfolding
@@ -109,9 +130,10 @@ def per_group(function, *arguments):
     return jax.tree.map(lambda x: x[None], result)
 
 
-def _chunk_size(geometry: layers_lib.Geometry, inputs: jax.Array) -> int:
-    rows = jax.eval_shape(functools.partial(layers_lib.unfold, geometry), inputs[:1])
-    return min(max(_UNFOLDED_BYTES // (4 * rows.size), 1), inputs.shape[0])
+def _chunk_size(geometry: layers_lib.Geometry, shape: tuple[int, ...]) -> int:
+    one = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+    rows = jax.eval_shape(functools.partial(layers_lib.unfold, geometry), one)
+    return min(max(_UNFOLDED_BYTES // (4 * rows.size), 1), shape[0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -122,3 +144,38 @@ def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
     drift = drift.reshape(rows.shape[1], geometry.groups, -1).swapaxes(0, 1)
     add = functools.partial(solvers.add_rows, with_gram=with_gram)
     return per_group(add, moments, rows, drift)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _collect_split(geometry, with_gram, mesh, kernel, float_inputs, inputs):
+    """Moments of inputs that are split over a mesh, a copy on every device."""
+    own = PartitionSpec(sharding.DATA_AXIS)
+
+    def collect_own(kernel, float_inputs, inputs):
+        chunk = _chunk_size(geometry, inputs.shape)
+
+        def add(first, size, moments):
+            parts = [
+                jax.lax.dynamic_slice_in_dim(x, first, size)
+                for x in (float_inputs, inputs)
+            ]
+            return _add_chunk(geometry, with_gram, moments, kernel, *parts)
+
+        chunks, rest = divmod(inputs.shape[0], chunk)
+        moments = jax.lax.fori_loop(
+            0,
+            chunks,
+            lambda index, moments: add(index * chunk, chunk, moments),
+            jax.tree.map(jnp.asarray, _zeros(geometry)),
+        )
+        if rest:
+            moments = add(chunks * chunk, rest, moments)
+        return jax.tree.map(lambda x: jax.lax.psum(x, sharding.DATA_AXIS), moments)
+
+    return jax.shard_map(
+        collect_own,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), own, own),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # The loop starts from zeros that are the same everywhere.
+    )(kernel, float_inputs, inputs)

@@ -10,7 +10,8 @@ concurrently, which leaves stray errors of other threads behind when one is dama
 Ours, too: the hash of every file (`receipts`), falling back to the previous step when
 the newest is damaged, and the choice of the steps to keep. Nothing is pickled. The
 directory is the only memory: every call lists it afresh, so a step that a crash took
-away is never asked for. One writer per directory.
+away is never asked for. One writer per directory; of several processes (`cluster`) the
+first, which must not be waiting for the others here.
 """
 
 import contextlib
@@ -83,7 +84,10 @@ def save(
         # its metrics files do not survive damage.
         scores = [*_scores(root), (step, score)]
         keep = {kept for kept, _ in scores[-keep_newest:]} | {_best(scores)}
+        root.mkdir(parents=True, exist_ok=True)  # Orbax does not for one process.
         options = ocp.CheckpointManagerOptions(
+            create=False,
+            multiprocessing_options=_alone(),
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
             preservation_policy=_KeepSteps(keep),
@@ -243,7 +247,12 @@ def _read_record(root: pathlib.Path, step: int) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     folder = root / str(step) / "record"
-    with _as_damage("record"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with (
+        _as_damage("record"),
+        ocp.Checkpointer(
+            ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()
+        ) as reader,
+    ):
         sealed = reader.restore(folder)
     return records.open_sealed(sealed, step)
 
@@ -251,12 +260,22 @@ def _read_record(root: pathlib.Path, step: int) -> dict[str, Any]:
 def _read_bytes(folder: pathlib.Path, size: int) -> np.ndarray:
     import orbax.checkpoint as ocp
 
-    with _as_damage("array"), ocp.StandardCheckpointer() as reader:
+    with (
+        _as_damage("array"),
+        ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader,
+    ):
         declared = reader.metadata(folder).item_metadata
         # Before anything is allocated: a damaged shape may ask for any amount.
         if declared is None or declared[_BYTES].shape != (size,):
             raise records.DamagedStep(f"its array is not one of {size} bytes")
         return reader.restore(folder, {_BYTES: np.empty(size, np.uint8)})[_BYTES]
+
+
+def _alone() -> Any:
+    """Orbax option: process 0 does this, and waits for nobody."""
+    import orbax.checkpoint as ocp
+
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 @contextlib.contextmanager

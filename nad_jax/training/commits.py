@@ -4,7 +4,8 @@
 A commit is a checkpoint step (`checkpoints`) of work that is not finished yet. One is
 due when the work since the last has taken twenty times as long as a commit does. So
 they never take more than 5 % of the time, stages of a few seconds make none, and a kill
-costs that much work and no more.
+costs that much work and no more. Of several processes (`cluster`) the first commits, at
+moments that it alone chooses; all restore what it finds.
 """
 
 import os
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nad_jax.training import checkpoints
+from nad_jax.training import checkpoints, cluster
 
 # Share of the time that may go into commits.
 SHARE = 0.05
@@ -53,9 +54,11 @@ class Commits:
         Raises:
             InputError: as `checkpoints.restore`.
         """
-        if not checkpoints.steps(self._folder):
+        if not cluster.from_first(lambda: bool(checkpoints.steps(self._folder))):
             return None
-        tree, stored = checkpoints.restore(self._folder, like)
+        tree, stored = cluster.tree_from_first(
+            lambda: checkpoints.restore(self._folder, like), like
+        )
         self._newest = stored["step"]
         self._recall(stored["remembered"])
         self._since = time.monotonic()
@@ -63,7 +66,8 @@ class Commits:
 
     def is_due(self) -> bool:
         """Whether enough work has been done since the last commit."""
-        return time.monotonic() - self._since >= self._cost / SHARE
+        waited = time.monotonic() - self._since
+        return cluster.is_first() and waited >= self._cost / SHARE
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
         """Commits; nothing happens if `step` is the last commit's.
@@ -73,7 +77,7 @@ class Commits:
             tree: pytree of arrays; structure, shapes and dtypes are always the same.
             metadata: what JSON can hold.
         """
-        if step == self._newest:
+        if step == self._newest or not cluster.is_first():
             return
         began = time.monotonic()
         stored = {

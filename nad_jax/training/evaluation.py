@@ -76,7 +76,9 @@ def make_evaluator(
         target_labels: what the attack wants of each image: an int for all of them, or
             int `[N]`.
         batch_size: images per program, lowered to N if that is less.
-        mesh: from `sharding.data_mesh`, to split each batch over devices.
+        mesh: from `sharding.data_mesh`, to split each batch over devices; every process
+            of a mesh that spans several must call the evaluator, and gets the rates of
+            the whole data set.
 
     Returns:
         A function `variables -> {"acc", "asr", "ra", "acc_count", "asr_count"}`:
@@ -98,12 +100,16 @@ def make_evaluator(
     if mesh is not None:
         batch_size += -batch_size % mesh.size
     indices, mask = batches.evaluation_batches(num_examples, batch_size)
-    dataset = (jnp.asarray(images), labels, targets, trigger)
+    dataset = (images, labels, targets, trigger)
     schedule = list(zip(jnp.asarray(indices), jnp.asarray(mask), strict=True))
-    if mesh is not None:
+    if mesh is None:
+        dataset = (jnp.asarray(images), *dataset[1:])
+    else:
         dataset, schedule = sharding.replicate((dataset, schedule), mesh)
 
-    @jax.jit
+    @functools.partial(
+        jax.jit, out_shardings=None if mesh is None else sharding.replicated(mesh)
+    )
     def count(variables: Any, dataset: Any, batch: Any) -> metrics.Counts:
         images, labels, targets, trigger = dataset
         indices, mask = batch

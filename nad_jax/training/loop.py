@@ -95,8 +95,9 @@ def fit(
             goes on from there, bitwise as if it had never stopped; `state` then only
             gives shapes and dtypes.
         memory: what `on_epoch` changes besides; a commit brings it back, in place.
-        mesh: from `sharding.data_mesh`, to split each batch over devices; the states
-            are then replicated over them.
+        mesh: from `sharding.data_mesh`, to split each batch over devices; the data set
+            and the states are then replicated over them. Every process of a mesh that
+            spans several must make this call, with the same arguments.
 
     Raises:
         InputError: arrays, sizes or the state do not fit together.
@@ -105,7 +106,7 @@ def fit(
             are committed; without, the unfinished epoch is lost: continue from the
             state of the last `on_epoch`.
     """
-    images, labels = _resident(images, labels)
+    images, labels = checked(images, labels)
     order_of_epoch = functools.partial(
         _order_of_epoch, num_examples=images.shape[0], batch_size=batch_size
     )
@@ -120,7 +121,9 @@ def fit(
     position = _check_start(state, history, steps_per_epoch, counts)
     # The programs donate the state, so work on a copy, or the caller's arrays die.
     state = jax.tree.map(jnp.copy, state)
-    if mesh is not None:
+    if mesh is None:
+        images = jnp.asarray(images)
+    else:
         sharding.check_divisible(examples_per_step, mesh)
         images, labels, state = sharding.replicate((images, labels, state), mesh)
     run_steps = _compile_steps(step_fn, make_batch, mesh)
@@ -157,8 +160,8 @@ def fit(
     return state
 
 
-def _resident(images: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
-    """Data set as device arrays, after the checks."""
+def checked(images: Any, labels: Any) -> tuple[Any, jax.Array]:
+    """Images as they are and labels as int32, after the checks."""
     if images.dtype != np.uint8 or images.ndim != 4:
         raise errors.InputError(
             f"images must be uint8 [N, H, W, C], got {images.dtype} {images.shape}"
@@ -167,7 +170,7 @@ def _resident(images: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
         raise errors.InputError(
             f"labels must be [{images.shape[0]}], one per image, got {labels.shape}"
         )
-    return jnp.asarray(images), jnp.asarray(labels).astype(jnp.int32)
+    return images, jnp.asarray(labels).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))

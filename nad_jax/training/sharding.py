@@ -3,19 +3,27 @@
 
 Under `jax.jit` that is all there is to it: the compiler makes means over a split batch
 global, those of batch normalisation included.
+
+A mesh may span the devices of several processes (`cluster`). Each process then holds
+the parts that belong to its devices, and gives `replicate` and `shard_batch` the whole
+value, the same in every process.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nad_jax import errors
 
 DATA_AXIS = "data"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -27,10 +35,41 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_for_batch(batch_size: int) -> Mesh | None:
-    """Mesh over as many local devices as split the batch evenly; None for one."""
-    devices = jax.local_devices()
-    size = math.gcd(batch_size, len(devices))
-    return data_mesh(devices[:size]) if size > 1 else None
+    """Mesh over as many devices as split the batch evenly; None for one.
+
+    Every process takes part with equally many devices. A batch that the processes
+    cannot share evenly is computed whole by each of them, with the same result and in
+    the same time as if the others waited.
+    """
+    processes = jax.process_count()
+    if batch_size % processes:
+        _LOGGER.warning(
+            "a batch of %d cannot be shared by %d processes; each computes all of it",
+            batch_size,
+            processes,
+        )
+        groups = [jax.local_devices()]
+    else:
+        groups = [
+            [device for device in jax.devices() if device.process_index == process]
+            for process in range(processes)
+        ]
+    size = math.gcd(batch_size // len(groups), len(groups[0]))
+    devices = [device for group in groups for device in group[:size]]
+    return data_mesh(devices) if len(devices) > 1 else None
+
+
+def forward_mesh(batch_size: int | None = None) -> Mesh | None:
+    """Mesh for work without gradients; for a batch of any size, over all devices.
+
+    None in a single process on CPU, where forward passes and matrix products use all
+    cores on one device as it is.
+    """
+    if jax.process_count() == 1 and jax.default_backend() == "cpu":
+        return None
+    if batch_size is not None:
+        return mesh_for_batch(batch_size)
+    return data_mesh() if jax.device_count() > 1 else None
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -42,7 +81,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         InputError: a leading axis is not a multiple of the number of devices.
     """
     _check_leading_axes(batch, mesh)
-    return jax.device_put(batch, _split(mesh))
+    return _put(batch, _split(mesh))
 
 
 def constrain_batch(batch: Any, mesh: Mesh) -> Any:
@@ -53,7 +92,7 @@ def constrain_batch(batch: Any, mesh: Mesh) -> Any:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The tree with a copy of every leaf on every device; not inside of `jit`."""
-    return jax.device_put(tree, replicated(mesh))
+    return _put(tree, replicated(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -74,6 +113,28 @@ def check_divisible(batch_size: int, mesh: Mesh) -> None:
             f"batch_size {batch_size} cannot be split over {mesh.size} devices; "
             f"use a multiple of {mesh.size}"
         )
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    """The tree, the same in every process, laid out over a mesh."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    # Not `device_put`: it would send every value over the network to compare it.
+    return jax.tree.map(lambda leaf: _put_parts(leaf, sharding), tree)
+
+
+def _put_parts(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """One array over several processes, of which each puts its own parts."""
+    if isinstance(leaf, jax.Array):
+        if not leaf.is_fully_addressable:
+            return leaf if leaf.sharding == sharding else jax.device_put(leaf, sharding)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = _put_parts(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(
+        value.shape, sharding, lambda index: value[index]
+    )
 
 
 def _check_leading_axes(batch: Any, mesh: Mesh) -> None:

@@ -359,4 +359,4 @@ def test_misuse_is_one_line(changes, message):
 
 def test_one_label_per_image(toy_data):
     with pytest.raises(errors.InputError, match=r"labels must be \[52\]"):
-        loop._resident(toy_data.images, toy_data.labels[:-1])
+        loop.checked(toy_data.images, toy_data.labels[:-1])

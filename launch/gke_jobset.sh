@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Runs the program as a JobSet on a TPU slice of a GKE cluster that kubectl reaches.
+#   NAME=... IMAGE=... TPU_ACCELERATOR=tpu-v4-podslice TPU_TOPOLOGY=2x2x4 HOSTS=4 \
+#     launch/gke_jobset.sh [--dry-run] -- --config=FILE --workdir=DIR ...
+# IMAGE is built from launch/Dockerfile. CHIPS_PER_HOST is 4 unless given. GKE tells the
+# pods of each other. With --dry-run the JobSet is printed.
+set -euo pipefail
+
+fail() { echo "gke_jobset.sh: $1" >&2; exit 2; }
+
+dry_run=no
+if [ "${1:-}" = --dry-run ]; then dry_run=yes; shift; fi
+for variable in NAME IMAGE TPU_ACCELERATOR TPU_TOPOLOGY HOSTS; do
+  [ -n "${!variable:-}" ] || fail "the environment variable $variable is missing"
+done
+[[ $HOSTS =~ ^[1-9][0-9]*$ ]] || fail "HOSTS must be a number, got '$HOSTS'"
+[ "${1:-}" = -- ] || fail "'--' and the arguments of nad_jax.main are missing"
+shift
+[ $# -ge 1 ] || fail "the arguments of nad_jax.main are missing after '--'"
+
+# A YAML string in single quotes.
+quoted() { printf "'%s'" "${1//\'/\'\'}"; }
+
+jobset() {
+  cat << YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $(quoted "$NAME")
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: 10
+  replicatedJobs:
+    - name: workers
+      replicas: 1
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          completionMode: Indexed
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $(quoted "$TPU_ACCELERATOR")
+                cloud.google.com/gke-tpu-topology: $(quoted "$TPU_TOPOLOGY")
+              containers:
+                - name: nad-jax
+                  image: $(quoted "$IMAGE")
+                  ports:
+                    - containerPort: 8471
+                    - containerPort: 8482
+                  resources:
+                    limits:
+                      google.com/tpu: ${CHIPS_PER_HOST:-4}
+                  args:
+YAML
+  local argument
+  for argument in "$@" --distributed=required; do
+    printf '                    - %s\n' "$(quoted "$argument")"
+  done
+}
+
+if [ "$dry_run" = yes ]; then
+  jobset "$@"
+else
+  jobset "$@" | kubectl apply -f -
+fi

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of launch/ parse, are clean, name what is missing, and hide nothing."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+TAIL = ["--", "--config=configs/efrap.py:smoke", '--config.title=it\'s a "title"']
+# Everything that each script must be told, as (arguments, environment).
+TOLD = {
+    "local.sh": (["2", *TAIL], {}),
+    "slurm.sh": (
+        TAIL,
+        {"ACCOUNT": "acc", "PARTITION": "part", "TIME": "1:00:00", "NODES": "2"},
+    ),
+    "slurm.sbatch": (TAIL[1:], {}),
+    "tpu_vm.sh": (
+        ["run", *TAIL],
+        {"PROJECT": "proj", "ZONE": "zone", "NAME": "slice"},
+    ),
+    "gke_jobset.sh": (
+        TAIL,
+        {
+            "NAME": "job",
+            "IMAGE": "image:1",
+            "TPU_ACCELERATOR": "tpu-v4-podslice",
+            "TPU_TOPOLOGY": "2x2x4",
+            "HOSTS": "4",
+        },
+    ),
+}
+
+
+def _run(name, arguments, variables, *, timeout=60):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, **variables}
+    return subprocess.run(
+        ["bash", str(LAUNCH / name), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def _dry_run(name, **more):
+    arguments, variables = TOLD[name]
+    result = _run(name, ["--dry-run", *arguments], {**variables, **more})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_script_is_tested_and_stands_in_the_readme():
+    assert {path.name for path in SCRIPTS} == set(TOLD)
+    table = (LAUNCH / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `(.+?)` \|.*\| (.+?) \|$", table, re.M))
+    assert rows.keys() == set(TOLD) | {"Dockerfile"}
+    for name, executed in rows.items():
+        assert executed.startswith("yes:" if name == "local.sh" else "never")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_stop_at_errors_and_please_shellcheck(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert re.search("^set -euo pipefail$", path.read_text("utf-8"), re.M)
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    result = subprocess.run([shellcheck, path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_whatever_is_missing_is_named_in_one_line(name):
+    arguments, variables = TOLD[name]
+    incomplete = [
+        ({k: v for k, v in variables.items() if k != m}, m) for m in variables
+    ]
+    for remaining, missing in incomplete:
+        result = _run(name, arguments, remaining)
+        assert result.returncode == 2
+        assert re.fullmatch(f"{name}: .*{missing} is missing\n", result.stderr)
+    for shorter in (
+        [],
+        arguments[: arguments.index("--")] if "--" in arguments else [],
+    ):
+        result = _run(name, shorter, variables)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"{name}: ")
+
+
+def _commands(output):
+    return [shlex.split(line) for line in output.splitlines()]
+
+
+def test_local_starts_every_process_with_its_number():
+    commands = _commands(_dry_run("local.sh"))
+    assert [command[-1] for command in commands] == ["--process_id=0", "--process_id=1"]
+    for command in commands:
+        assert command[1:5] == ["-m", "nad_jax.main", *TAIL[1:]]
+        assert "--num_processes=2" in command and "--distributed=required" in command
+
+
+def test_slurm_submits_the_batch_job_which_starts_every_task():
+    (submit,) = _commands(_dry_run("slurm.sh", GPUS_PER_TASK="1"))
+    assert submit[0] == "sbatch" and submit[-2:] == TAIL[1:]
+    assert {"--account=acc", "--partition=part", "--nodes=2"} <= set(submit)
+    assert "--gpus-per-task=1" in submit
+    assert pathlib.Path(submit[-3]).name == "slurm.sbatch"
+    (step,) = _commands(_dry_run("slurm.sbatch"))
+    assert step[:2] == ["srun", "--kill-on-bad-exit=1"]
+    assert step[3:] == ["-m", "nad_jax.main", *TAIL[1:], "--distributed=required"]
+
+
+def test_tpu_commands_name_project_and_zone_and_quote_what_the_workers_run():
+    commands = _commands(_dry_run("tpu_vm.sh"))
+    remote = [command for command in commands if command[0] == "gcloud"]
+    for command in remote:
+        assert {"--project=proj", "--zone=zone", "--worker=all"} <= set(command)
+    (start,) = [part for part in remote[-1] if part.startswith("--command=")]
+    words = shlex.split(start.partition("=")[2])
+    assert set(TAIL[1:]) <= set(words) and "--distributed=required" in words
+
+
+def test_a_queued_resource_needs_its_type():
+    _, variables = TOLD["tpu_vm.sh"]
+    result = _run("tpu_vm.sh", ["--dry-run", "create"], variables)
+    assert result.returncode == 2 and "ACCELERATOR_TYPE is missing" in result.stderr
+    variables = {
+        **variables,
+        "ACCELERATOR_TYPE": "v4-32",
+        "RUNTIME_VERSION": "v",
+        "SPOT": "yes",
+    }
+    result = _run("tpu_vm.sh", ["--dry-run", "create"], variables)
+    create = _commands(result.stdout)[0]
+    assert create[3:6] == ["queued-resources", "create", "slice"]
+    assert {"--accelerator-type=v4-32", "--spot"} <= set(create)
+    result = _run("tpu_vm.sh", ["--dry-run", "explode"], variables)
+    assert result.returncode == 2 and "'explode'" in result.stderr
+
+
+def test_the_jobset_has_an_indexed_pod_on_every_host():
+    jobset = yaml.safe_load(_dry_run("gke_jobset.sh"))
+    assert jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "job"
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4
+    assert job["completionMode"] == "Indexed"
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["args"] == [*TAIL[1:], "--distributed=required"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_the_image_copies_what_exists_and_starts_the_program():
+    lines = (LAUNCH / "Dockerfile").read_text("utf-8").splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            *copied, _ = line.split()[1:]
+            assert all((ROOT / name).exists() for name in copied)
+    (entry,) = [line for line in lines if line.startswith("ENTRYPOINT")]
+    assert json.loads(entry.partition(" ")[2]) == ["python", "-m", "nad_jax.main"]
+
+
+def test_nothing_of_ours_and_nobodys_project_is_in_launch():
+    for path in SCRIPTS:
+        text = path.read_text("utf-8")
+        assert "import nad_jax" not in text
+        assert not re.search(r"(PROJECT|ZONE|ACCOUNT|PARTITION)=[\w\"']", text)
