@@ -171,3 +171,10 @@ def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
 def test_parts_of_a_trigger_survive_as_a_trigger(filled):
     victim = zoo.load("one", filled)
     triggers.check_trigger(victim.trigger, (8, 8, 3))
+
+
+def test_the_shipped_victims_are_whole():
+    """Hash, arrays and trigger of every one."""
+    for name in zoo.names(zoo.folder()):
+        victim = zoo.load(name, zoo.folder())
+        assert victim.manifest["name"] == name and victim.manifest["asr"] >= 0.95
