@@ -17,6 +17,10 @@ from nad_jax import main
 from nad_jax.report import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import resume_sweep  # noqa: E402
+
 CONFIG = f"--config={ROOT / 'configs' / 'efrap.py'}"
 SMOKE = f"{CONFIG}:smoke"
 
@@ -153,6 +157,23 @@ def test_a_repeated_command_gives_the_same_rows_without_training(finished):
     for row in [*before, *after]:
         row.pop("seconds")
     assert before == after
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_layer_ends_as_if_it_had_not_been(finished, tmp_path):
+    """Bitwise; the sweep over all points is in results/reliability."""
+    stage = "efrap, backdoored, seed 0"
+    code, _ = resume_sweep.start("efrap", 0, tmp_path, ["layer", stage, 4], 9)
+    assert code == -signal.SIGKILL
+    code, line = resume_sweep.start("efrap", 0, tmp_path, None, 0)
+    assert code == 0, line
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "states").touch()
+    (tmp_path / "whole" / "run").symlink_to(finished)
+    expected = resume_sweep.outcome(tmp_path / "whole")
+    found = resume_sweep.outcome(tmp_path)
+    for what in ("arrays", "lines", "rows", "litter"):
+        assert found[what] == expected[what], what
 
 
 @contextlib.contextmanager

@@ -11,16 +11,33 @@ import sys
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
 
 
-def merge(
-    path: str, cases: list[dict], *, seed: int, planned: int, seconds: float
-) -> dict:
-    """The report at `path` with these cases in place of those of the same name.
+def known(path: str, seed: int) -> dict[tuple, dict]:
+    """Cases at `path` that need not be run again, by kind and number.
 
-    A case is named by "kind" and "number". Cases of another seed or commit are dropped.
+    Those of another seed or of another commit of the library do not count.
     """
     from nad_jax import pipeline
 
-    report = {
+    file = pathlib.Path(path)
+    if not file.exists():
+        return {}
+    report = json.loads(file.read_text("utf-8"))
+    if (report["seed"], report["git_commit"]) != (seed, pipeline.git_commit()):
+        return {}
+    return {(case["kind"], case["number"]): case for case in report["cases"]}
+
+
+def merge(
+    path: str, cases: list[dict], *, seed: int, planned: int, seconds: float
+) -> dict:
+    """The report of these cases and of those known already."""
+    from nad_jax import pipeline
+
+    earlier = known(path, seed)
+    if earlier:
+        seconds += json.loads(pathlib.Path(path).read_text("utf-8"))["seconds"]
+    earlier |= {(case["kind"], case["number"]): case for case in cases}
+    return {
         "schema": 1,
         "git_commit": pipeline.git_commit(),
         "versions": {
@@ -32,18 +49,8 @@ def merge(
         "seed": seed,
         "planned": planned,
         "seconds": round(seconds, 1),
-        "cases": [],
+        "cases": list(earlier.values()),
     }
-    known = {}
-    file = pathlib.Path(path)
-    if file.exists():
-        earlier = json.loads(file.read_text("utf-8"))
-        if (earlier["seed"], earlier["git_commit"]) == (seed, report["git_commit"]):
-            known = {(c["kind"], c["number"]): c for c in earlier["cases"]}
-            report["seconds"] = round(seconds + earlier["seconds"], 1)
-    known |= {(case["kind"], case["number"]): case for case in cases}
-    report["cases"] = list(known.values())
-    return report
 
 
 def write(path: str, report: dict) -> None:

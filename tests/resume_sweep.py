@@ -82,7 +82,7 @@ def start(job: str, seed: int, folder: pathlib.Path, point, number: int):
         capture_output=True,
         text=True,
         cwd=_ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         check=False,
     )
     return finished.returncode, (finished.stderr.strip().splitlines() or [""])[-1]
@@ -95,17 +95,21 @@ def outcome(folder: pathlib.Path) -> dict:
     for record in sorted(run.glob("checkpoints/*/0/record/metadata")):
         leaves = json.loads(record.read_text("utf-8"))["leaves"]
         stages[record.parts[-4]] = {k: leaf["sha256"] for k, leaf in leaves.items()}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    lines = _lines(run / "metrics.jsonl")
     rows = json.loads((run / "report.json").read_text("utf-8"))["rows"]
     for entry in [*lines, *rows]:
         entry.pop("seconds", None)
     return {
         "arrays": stages,
-        "states": dict(json.loads(line) for line in (folder / "states").open()),
+        "states": dict(_lines(folder / "states")),
         "lines": lines,
         "rows": rows,
         "litter": [path.name for path in run.glob("checkpoints/*.unfinished")],
     }
+
+
+def _lines(path: pathlib.Path) -> list:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def run_chain(job: str, seed: int, scratch: pathlib.Path, points: list) -> list[dict]:

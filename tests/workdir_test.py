@@ -161,6 +161,19 @@ def test_a_commit_brings_lines_and_seconds_back(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["work"]
 
 
+def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
+    run = workdir.Workdir(tmp_path, {})
+    run.stage("work", np.zeros(1), lambda: np.ones(1))
+    run._metrics.close()
+    run._metrics = open("/dev/full", "wb")
+    with pytest.raises(errors.InputError, match="No space left on device; what was"):
+        run.record("row")
+    run.close()
+    run = workdir.Workdir(tmp_path, {})
+    assert run.stage("work", np.zeros(1), pytest.fail) == np.ones(1)
+    run.close()
+
+
 def test_a_part_has_one_name_and_needs_a_stage(tmp_path):
     run = workdir.Workdir(tmp_path, {})
     with pytest.raises(RuntimeError, match="no stage is open"):

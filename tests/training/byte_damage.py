@@ -2,8 +2,8 @@
 """Damages the files of a checkpoint byte by byte, and looks whether it shows.
 
     python tests/training/byte_damage.py --out results/reliability/byte_damage.json
-    python tests/training/byte_damage.py --points 0:1000 --out FILE   # a part
-    python tests/training/byte_damage.py --points ::64 --out FILE     # a sample
+    python tests/training/byte_damage.py --seconds 120 --out FILE   # and again: goes on
+    python tests/training/byte_damage.py --points ::64 --out FILE   # a sample
 
     cut       every file of the newest of two steps, cut at every 1/256 of its length
     flip      2,000 single bits, as many in each file
@@ -160,6 +160,7 @@ def main() -> int:
     """Exit code 1 if a case is bad."""
     parser = argparse.ArgumentParser(description="Damage checkpoints byte by byte.")
     parser.add_argument("--points", default=":", help="slice A:B:STEP of cases")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
@@ -168,7 +169,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         damage = Damage(folder, options.seed)
         todo = damage.cases()
-        done = [damage.run(*case) for case in todo[chosen]]
+        known = result_file.known(options.out, options.seed)
+        done = []
+        for case in todo[chosen]:
+            if time.perf_counter() - began > options.seconds:
+                break
+            if case[:2] not in known:
+                done.append(damage.run(*case))
     report = result_file.merge(
         options.out,
         done,

@@ -2,8 +2,8 @@
 """Kills a save at every call that changes a file, and looks at what is left.
 
     python tests/training/kill_sweep.py --out results/reliability/kill_sweep.json
-    python tests/training/kill_sweep.py --points 0:100 --out FILE   # a part, merged in
-    python tests/training/kill_sweep.py --points ::64 --out FILE    # a sample
+    python tests/training/kill_sweep.py --seconds 120 --out FILE   # and again: goes on
+    python tests/training/kill_sweep.py --points ::64 --out FILE   # a sample
 
 A shim in C (`kill_shim.c`, compiled here with cc; without cc there is no sweep) stands
 between the process and the C library, counts every write, open for writing, rename,
@@ -384,6 +384,7 @@ def main() -> int:
     """Exit code 1 if a case is bad, 2 without a C compiler."""
     parser = argparse.ArgumentParser(description="Kill saves at every call.")
     parser.add_argument("--points", default=":", help="slice A:B:STEP of cases")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
@@ -407,7 +408,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep(os.environ["LD_PRELOAD"], scratch, options.seed)
         todo = sweep.cases()
-        done = [sweep.run(*case) for case in todo[chosen]]
+        known = result_file.known(options.out, options.seed)
+        done = []
+        for case in todo[chosen]:
+            if time.perf_counter() - began > options.seconds:
+                break
+            if case not in known:
+                done.append(sweep.run(*case))
     seconds = time.perf_counter() - began
     report = result_file.merge(
         options.out, done, seed=options.seed, planned=len(todo), seconds=seconds
