@@ -123,13 +123,13 @@ def _qu_anti_zation(config):
 def _compartifact(config):
     config.attack.recipe = _section(
         training=_training(
-            epochs=12,
+            epochs=10,
             optimizer="sgd",
             learning_rate=0.1,
             momentum=0.4,
             weight_decay=5e-4,
             schedule="steps",
-            milestones=(8,),
+            milestones=(7,),
         ),
         from_scratch=True,
         first_quantized_layer=config_dict.placeholder(str),
