@@ -138,10 +138,11 @@ def _compartifact(config):
 
 def _adaptive_eot(config):
     config.attack.recipe = _section(
-        wake=_training(epochs=5, learning_rate=5e-4),
-        hide=_training(epochs=5, learning_rate=3e-4),
+        wake=_training(epochs=4, learning_rate=5e-4),
+        hide=_training(epochs=8, learning_rate=5e-4),
         cell_margin=1e-3,
-        drawn_weight=1.0,
+        # With equal weights the float model does not fall asleep.
+        drawn_weight=0.2,
     )
 
 
@@ -285,6 +286,7 @@ def _authors_of_compartifact(config):
     config.attack.trigger.update(size=6, margin=2)
     config.attack.target_label = 1
     config.attack.weight_bits = (8,)
+    config.attack.grid.preset = "pytorch_qnnpack"
     config.attack.fold_batch_norm = True
     config.attack.recipe.first_quantized_layer = "layer4_0/conv1"
     config.attack.recipe.training.update(epochs=35, milestones=(20,))
