@@ -7,7 +7,7 @@ over devices ends it.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -24,7 +24,9 @@ _UNFOLDED_BYTES = 16 * 2**20
 
 
 class Remembered:
-    """A function's last result, for as long as it is asked for the very same objects.
+    """A function's last result, for as long as it is asked for the very same arrays.
+
+    Arguments that are no arrays, such as widths and specs, need only be equal.
 
     Query, key and value of an attention block are fed by one tensor. What is made of it
     once, such as its quantized copy, must be one tensor again for `Collector` to see
@@ -38,7 +40,8 @@ class Remembered:
 
     def __call__(self, *arguments: Any) -> Any:
         known = self._arguments is not None and all(
-            one is other for one, other in zip(self._arguments, arguments, strict=True)
+            one is other or (isinstance(one, Hashable) and one == other)
+            for one, other in zip(self._arguments, arguments, strict=True)
         )
         if not known:
             self._result = self._function(*arguments)

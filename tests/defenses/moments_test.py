@@ -126,7 +126,7 @@ def test_another_tensor_or_another_window_has_its_own_gram(gram_flags):
     assert gram_flags == [True, True, True]
 
 
-def test_a_result_is_remembered_for_the_same_objects_only():
+def test_a_result_is_remembered_for_the_same_arrays_and_equal_numbers():
     calls = []
 
     @moments_lib.Remembered
@@ -137,6 +137,7 @@ def test_a_result_is_remembered_for_the_same_objects_only():
     x, equal = normal((2, 3), 0), normal((2, 3), 0)
     first = double(x, 2.0)
     assert double(x, 2.0) is first and calls == [2.0]
+    assert double(x, float("2")) is first and calls == [2.0]
     assert double(equal, 2.0) is not first
     assert double(equal, 3.0) is not first and calls == [2.0, 2.0, 3.0]
     # Only the last one is kept.
