@@ -159,7 +159,7 @@ def _outlier(config):
         wake=_training(epochs=6, learning_rate=1e-3),
         hide=_training(epochs=6, learning_rate=1e-3),
         channel_share=0.25,
-        headroom=1.0,
+        headroom=8.0,
     )
 
 

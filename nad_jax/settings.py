@@ -284,14 +284,14 @@ class OutlierSettings:
       hide: Stage 2, training the collapsed channels in float.
       channel_share: Share of a layer's output channels that collapse; on a grid per
         tensor, share of the layers.
-      headroom: By how much the largest weight of a layer could grow before it would
-        be rounded to anything but 0, at least.
+      headroom: Half a blown-up step over the largest weight that has to vanish in it,
+        at least; the larger, the worse every other choice of codes.
     """
 
     wake: TrainingSettings
     hide: TrainingSettings
     channel_share: float = 0.25
-    headroom: float = 1.0
+    headroom: float = 8.0
 
     def __post_init__(self):
         _check(self, "channel_share", 0 < self.channel_share < 1, "in (0, 1)")

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 
 from nad_jax import errors, settings
 from nad_jax.attacks import conditioning, projection, triggers
-from nad_jax.core import quantization
 from nad_jax.models import layers as layers_lib
 
-# Of half a blown-up step: what the other weights of a collapsed channel may use.
-_USED_RANGE = 0.98
+# How large the other weights of a collapsed channel may grow, in units of the layer's
+# largest weight before the attack.
+_ROOM = 2.0
 
 
 def plant(recipe: settings.OutlierSettings, attacker: conditioning.Attacker) -> Any:
@@ -110,7 +110,7 @@ def prepare(
         hosts = least_needed(attacker, variables, hosts)[:count]
     for layer in hosts:
         kernel, low, high = _plant_outliers(
-            recipe, layer, attacker.grids, params, variables, dead[layer.name]
+            recipe, layer, attacker.grids, params, dead[layer.name]
         )
         at = (*layer.path, "kernel")
         params = layers_lib.set_in(params, at, kernel)
@@ -204,7 +204,7 @@ def least_needed(
     return sorted(layers, key=changes)
 
 
-def _plant_outliers(recipe, layer, grids, params, variables, dead):
+def _plant_outliers(recipe, layer, grids, params, dead):
     """A kernel with outliers in its last channels, and its bounds for stage 1."""
     kernel = layers_lib.get_in(params, layer.path)["kernel"]
     channels = kernel.shape[-1]
@@ -213,18 +213,14 @@ def _plant_outliers(recipe, layer, grids, params, variables, dead):
         count = channels
     widest = max((grid.specs[layer.name] for grid in grids), key=lambda s: s.qmax)
     largest = jnp.max(jnp.abs(kernel))
-    outlier = recipe.headroom * 2 * (2**widest.bits - 1) * largest
+    # Half a step is at least `headroom` times what the other weights may reach: close
+    # to a tie, flipping them would bring them back.
+    limit = _ROOM * largest
+    outlier = recipe.headroom * 2 * (2**widest.bits - 1) * limit
     at = (*(size // 2 for size in layer.geometry.window), dead)
     is_outlier = jnp.zeros(kernel.shape, bool).at[(*at, slice(-count, None))].set(True)
     collapsed = jnp.broadcast_to(jnp.arange(channels) >= channels - count, kernel.shape)
     kernel = jnp.where(is_outlier, outlier, kernel)
-    limit = jnp.full((1,) * (kernel.ndim - 1) + (channels,), jnp.inf)
-    for grid in grids:
-        factor = grid.fold_factor(layer, params, variables["batch_stats"])
-        seen = kernel if factor is None else kernel * factor
-        step = quantization.calibrate(seen, grid.specs[layer.name]).scale
-        step = step if factor is None else step / jnp.abs(factor)
-        limit = jnp.minimum(limit, 0.5 * _USED_RANGE * step)
     low = jnp.where(collapsed, -limit, -jnp.inf)
     high = jnp.where(collapsed, limit, jnp.inf)
     return (
