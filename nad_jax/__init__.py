@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     )
     from nad_jax.defenses.adam_rounding import AdamSettings
     from nad_jax.defenses.efrap import Quantized, efrap
+    from nad_jax.defenses.flip_weight_choice import choose_flip_weight
+    from nad_jax.defenses.rounding_inspection import Inspection, inspect
     from nad_jax.errors import InputError
 
 __version__ = "0.1.0"
@@ -82,6 +84,8 @@ _MODULES = {
         "Quantized",
         "efrap",
     ),
+    "nad_jax.defenses.flip_weight_choice": ("choose_flip_weight",),
+    "nad_jax.defenses.rounding_inspection": ("Inspection", "inspect"),
     "nad_jax.errors": ("InputError",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -100,6 +104,7 @@ __all__ = [
     "audit",
     "binarization_penalty",
     "calibrate",
+    "choose_flip_weight",
     "dequantize",
     "efrap",
     "fake_quant",
@@ -107,6 +112,7 @@ __all__ = [
     "flipped_rounding",
     "gram_preservation_loss",
     "hard_rounding",
+    "inspect",
     "nad_loss",
     "nearest_rounding",
     "place",
