@@ -94,6 +94,7 @@ __all__ = [
     "AdamSettings",
     "Audit",
     "InputError",
+    "Inspection",
     "LayerAudit",
     "QuantParams",
     "QuantSpec",
