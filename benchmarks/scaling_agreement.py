@@ -119,7 +119,7 @@ def _child(arguments: argparse.Namespace) -> None:
         sources.load("digits", split=split, image_size=8) for split in ("train", "test")
     )
     model = models.build("resnet_8", num_classes=10, width=0.5)
-    fresh = common.init(model, jax.random.key(0), (8, 8, 1))
+    fresh = common.init(model, jax.random.key(0), train.images.shape[1:])
     training = settings.TrainingSettings(
         epochs=arguments.epochs,
         batch_size=64,
@@ -146,7 +146,7 @@ def _child(arguments: argparse.Namespace) -> None:
         trained,
         test.images,
         test.labels,
-        trigger=triggers.TRIGGERS["square"]((8, 8, 1), size=2, margin=0),
+        trigger=triggers.TRIGGERS["square"](train.images.shape[1:], size=2, margin=0),
         target_labels=0,
         mesh=mesh,
     )
