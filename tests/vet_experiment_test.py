@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from nad_jax import main, models, settings, vet_experiment
-from nad_jax.interop import arch_match, artifact, name_maps, safetensors_reader
+from nad_jax.interop import (
+    arch_match,
+    artifact,
+    name_maps,
+    onnx_codes,
+    safetensors_reader,
+)
 from nad_jax.models import common
 from nad_jax.report import schema
 
@@ -113,11 +119,14 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
 def test_a_trigger_that_is_known_is_measured_and_can_reject(
     checkpoint, tmp_path, capsys
 ):
+    """On four-bit weights and float activations, which leave as INT4."""
     code = _vet(
         checkpoint,
         tmp_path / "vet",
         "--config.trigger.name=grid",
         "--config.target_label=3",
+        "--config.defense.weight_bits=4",
+        "--config.defense.act_bits=None",
         "--config.verdict.max_asr=0.0",
         "--config.verdict.min_agreement=1.0",
         "--config.verdict.max_accuracy_loss=0.0",
@@ -125,6 +134,11 @@ def test_a_trigger_that_is_known_is_measured_and_can_reject(
     )
     out = capsys.readouterr().out
     assert code == 1 and "verdict: rejected" in out and "not met:" in out
+    exported = onnx_codes.read_onnx(tmp_path / "vet" / "model.onnx")
+    stored = artifact.read_artifact(tmp_path / "vet" / "model.safetensors")
+    assert set(exported.storage_bits.values()) == {4} and exported.act_bits is None
+    for name, codes in stored.codes.items():
+        np.testing.assert_array_equal(exported.codes[name], codes)
 
 
 @pytest.mark.parametrize(
