@@ -76,6 +76,7 @@ def _digits(attack):
         act_bits=config_dict.placeholder(int),
         grid=_grid(),
         fold_batch_norm=config_dict.placeholder(bool),
+        quantize_sums=False,
         roundings=("nearest", "stochastic", "reconstruction", "efrap"),
         flip_weight=0.01,
         flip_form="element",

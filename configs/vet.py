@@ -8,15 +8,22 @@ The file is read without being trusted, evaluated in float and under nearest rou
 repaired (NAD), rounded anew (EFRAP), exported as integers, and the exported file is run
 and evaluated again. Exit code 0: accepted; 1: rejected, with reasons; 2: could not be
 judged. A trigger is not needed; --config.trigger.name=grid --config.target_label=5
-measures one that is known.
+measures one that is known. Variant vet.py:weights_only leaves activations in float;
+--config.defense.weight_bits=4 then ships INT4.
 """
 
 import ml_collections
 from ml_collections import config_dict
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """int8 weights and activations on a grid with BatchNorm folded."""
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """int8 weights and activations on a grid with BatchNorm folded.
+
+    Args:
+      variant: "" or "weights_only".
+    """
+    if variant not in ("", "weights_only"):
+        raise ValueError(f"variant must be weights_only, got {variant!r}")
     config = ml_collections.ConfigDict()
     config.job = "vet"
     config.title = "Vetting a checkpoint"
@@ -63,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The grid to ship on.
     config.defense = _section(
         weight_bits=8,
-        act_bits=8,
+        act_bits=config_dict.placeholder(int) if variant else 8,
         grid=_section(
             preset="plain",
             symmetric=config_dict.placeholder(bool),
@@ -75,6 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
             act_percentile=config_dict.placeholder(float),
         ),
         fold_batch_norm=True,
+        quantize_sums=False,
         flip_weight=0.01,
         flip_form="element",
         flip_unit="weight",

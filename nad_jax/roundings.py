@@ -171,6 +171,7 @@ def quantize(
         flip_unit=defense.flip_unit,
         starts=defense.starts,
         fold_batch_norm=defense.fold_batch_norm,
+        quantize_sums=defense.quantize_sums,
         apply_kwargs=EVAL,
         key=key,
         max_sweeps=defense.max_sweeps,

@@ -396,6 +396,8 @@ class EfrapSettings:
       grid: The weight grid.
       fold_batch_norm: Fold BatchNorm into the layers before quantizing; None = as the
         grid has it.
+      quantize_sums: Quantize the operands of residual sums, too, so that a runtime can
+        compute whole blocks in integers; needs `act_bits`.
       flip_weight: EFRAP's price of a weight left at nearest.
       flip_form: What the price counts: "element" or "neuron".
       flip_unit: "weight", as published, or "step", free of the scale of a layer.
@@ -408,6 +410,7 @@ class EfrapSettings:
     act_bits: int | None = None
     grid: GridSettings = dataclasses.field(default_factory=GridSettings)
     fold_batch_norm: bool | None = None
+    quantize_sums: bool = False
     flip_weight: float = 0.01
     flip_form: str = "element"
     flip_unit: str = "weight"
@@ -418,6 +421,8 @@ class EfrapSettings:
     def __post_init__(self):
         _check_bits(self, "weight_bits")
         _check_bits(self, "act_bits", optional=True)
+        if self.quantize_sums and self.act_bits is None:
+            raise InputError("quantize_sums needs act_bits, got None")
         _check(self, "flip_weight", self.flip_weight >= 0, ">= 0")
         _check_name(self, "flip_form", ("element", "neuron"))
         _check_name(self, "flip_unit", ("weight", "step"))

@@ -8,8 +8,10 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from nad_jax import main, models, settings, vet_experiment
+from nad_jax.data import sources
 from nad_jax.interop import (
     arch_match,
     artifact,
@@ -50,11 +52,42 @@ def checkpoint(tmp_path_factory):
     return _write_stranger(tmp_path_factory.mktemp("given") / "stranger.bin", 10)
 
 
-def _vet(checkpoint, workdir, *more):
+def _digits(split):
+    data = sources.load("digits", split=split, image_size=8)
+    return data.take(np.arange(min(600, len(data))))
+
+
+def _write_npz(path):
+    """One file with both splits."""
+    train, test = _digits("train"), _digits("test")
+    np.savez(
+        path,
+        images_train=train.images,
+        labels_train=train.labels,
+        images_test=test.images,
+        labels_test=test.labels,
+    )
+    return path
+
+
+def _write_folder(path):
+    """A PNG for every image, in a folder for each class."""
+    for split in ("train", "test"):
+        data = _digits(split)
+        for row, (image, label) in enumerate(
+            zip(data.images, data.labels, strict=True)
+        ):
+            folder = path / split / f"digit {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{row:04}.png")
+    return path
+
+
+def _vet(checkpoint, workdir, *more, variant=""):
     return main.main(
         [
             "main",
-            "--config=configs/vet.py",
+            f"--config=configs/vet.py{variant}",
             f"--config.checkpoint={checkpoint}",
             "--config.data.name=digits",
             "--config.data.image_size=8",
@@ -70,9 +103,14 @@ def _vet(checkpoint, workdir, *more):
 
 @pytest.mark.slow
 def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, capsys):
-    """Untrained weights cannot lose accuracy, and a limit nobody meets rejects them."""
+    """Untrained weights cannot lose accuracy; the images come from one .npz file."""
     workdir = tmp_path / "vet"
-    assert _vet(checkpoint, workdir, "--config.verdict.max_drift=1.0") == 0
+    options = (
+        "--config.data.name=npz",
+        f"--config.data.data_dir={_write_npz(tmp_path / 'digits.npz')}",
+        "--config.verdict.max_drift=1.0",
+    )
+    assert _vet(checkpoint, workdir, *options) == 0
     assert "verdict: accepted (no trigger known" in capsys.readouterr().out
     report = json.loads((workdir / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
@@ -102,8 +140,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
                 "--config=configs/audit.py",
                 f"--config.float_model={workdir / 'float.safetensors'}",
                 f"--config.integer_file={workdir / name}",
-                "--config.data.name=digits",
-                "--config.data.image_size=8",
+                *options[:2],
                 "--config.images=256",
                 f"--workdir={tmp_path / name}",
             ]
@@ -111,7 +148,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
         assert audit == 0, capsys.readouterr().out
 
     # The same workdir: nothing is trained again; another verdict needs another one.
-    again = _vet(checkpoint, workdir, "--config.verdict.max_drift=1.0")
+    again = _vet(checkpoint, workdir, *options)
     assert again == 0 and "nad: restored" in capsys.readouterr().out
 
 
@@ -119,18 +156,22 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
 def test_a_trigger_that_is_known_is_measured_and_can_reject(
     checkpoint, tmp_path, capsys
 ):
-    """On four-bit weights and float activations, which leave as INT4."""
+    """On four-bit weights and float activations, which leave as INT4; a limit that
+    nobody meets rejects. The images come from a folder for each class.
+    """
     code = _vet(
         checkpoint,
         tmp_path / "vet",
+        "--config.data.name=folder",
+        f"--config.data.data_dir={_write_folder(tmp_path / 'digits')}",
         "--config.trigger.name=grid",
         "--config.target_label=3",
         "--config.defense.weight_bits=4",
-        "--config.defense.act_bits=None",
         "--config.verdict.max_asr=0.0",
         "--config.verdict.min_agreement=1.0",
         "--config.verdict.max_accuracy_loss=0.0",
         "--config.verdict.max_drift=0.0",
+        variant=":weights_only",
     )
     out = capsys.readouterr().out
     assert code == 1 and "verdict: rejected" in out and "not met:" in out

@@ -49,9 +49,11 @@ from nad_jax.defenses import (
     adam_rounding,
     layer_rounding,
     layer_walk,
+    sum_grids,
 )
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.models import layers as layers_lib
+from nad_jax.models import sums
 from nad_jax.training import sharding
 
 METHODS = layer_rounding.METHODS
@@ -117,7 +119,8 @@ class Quantized:
       layers: Layer name -> `LayerReport`, in the order of the forward pass.
       act_specs: Layer name -> description of the grid of its input; empty for float
         activations.
-      act_params: Layer name -> scale and zero point of the layer's input.
+      act_params: Layer name -> scale and zero point of the layer's input; with
+        `quantize_sums` also name of a sum's operand -> the same, as in `act_specs`.
       apply_kwargs: Keyword arguments of the module's call.
     """
 
@@ -184,7 +187,7 @@ def apply_quantized(
     act_spec: quantization.QuantSpec | Mapping[str, quantization.QuantSpec] | None,
     apply_kwargs: Mapping[str, Any],
 ) -> Any:
-    """`module.apply` with every layer's input moved to its grid.
+    """`module.apply` with every layer's input, and sums' operands, on their grids.
 
     Pure, so it may be jitted, sharded and differentiated (straight-through).
 
@@ -192,7 +195,8 @@ def apply_quantized(
       module: The module.
       variables: Its variables, usually with kernels on their grids.
       images: A batch.
-      act_params: Layer name -> grid of the layer's input.
+      act_params: Layer name -> grid of the layer's input; name of a sum's operand
+        (`models.sums`) -> its grid, for all sums or none.
       act_spec: Description of those grids, one for all layers or by layer name; None
         leaves activations alone.
       apply_kwargs: Keyword arguments of the module's call.
@@ -206,8 +210,13 @@ def apply_quantized(
         inputs = quantization.fake_quant(args[0], act_params[name], spec)
         return next_fun(inputs, *args[1:], **kwargs)
 
-    with nn.intercept_methods(quantize_inputs):
-        return module.apply(variables, images, **apply_kwargs)
+    def forward(images):
+        with nn.intercept_methods(quantize_inputs):
+            return module.apply(variables, images, **apply_kwargs)
+
+    if act_spec is not None and any(map(sums.is_operand, act_params)):
+        return sum_grids.apply(forward, images, act_params, act_spec)
+    return forward(images)
 
 
 def efrap(
@@ -223,6 +232,7 @@ def efrap(
     spec: quantization.QuantSpec | None = None,
     first_last_bits: int | None = None,
     fold_batch_norm: bool | None = None,
+    quantize_sums: bool = False,
     apply_kwargs: Mapping[str, Any] | None = None,
     key: jax.Array | None = None,
     strength: float | Mapping[str, float] | None = None,
@@ -258,6 +268,9 @@ def efrap(
         None = as `grid` has it.
       fold_batch_norm: Folds BatchNorms into the layers they follow before quantizing:
         the grid that a runtime which folds them will see. None = as `grid` has it.
+      quantize_sums: Quantizes the operands of residual sums as well, in `apply` and in
+        what is exported: a runtime then computes whole residual blocks in integers.
+        Needs `act_bits`.
       apply_kwargs: Keyword arguments of the module's call, e.g. `{"train": False}`.
       key: Randomness of "stochastic", "random", "noise" and "adam"; default
         `jax.random.key(0)`.
@@ -318,6 +331,8 @@ def efrap(
         raise errors.InputError(
             f"flip_weight must be >= 0 and finite, got {flip_weight}"
         )
+    if quantize_sums and act_bits is None:
+        raise errors.InputError("quantize_sums needs act_bits, got None")
     images = _checked_images(images)
     apply_kwargs = dict(apply_kwargs or {})
     key = jax.random.key(0) if key is None else key
@@ -437,6 +452,20 @@ def efrap(
     else:
         for layer in layers:
             quantize_layer(layer, None, None)
+    if quantize_sums:
+        of_sums = sum_grids.calibrate(
+            module,
+            variables,
+            images,
+            {name: (act_params[name], act_specs[name]) for name in act_params},
+            lambda value: (
+                activation_grids.measure(value, grid, act_bits),
+                grid.act_spec(act_bits),
+            ),
+            apply_kwargs=apply_kwargs,
+        )
+        for name, (params, operand_spec) in of_sums.items():
+            act_params[name], act_specs[name] = params, operand_spec
     new_variables = {**variables, "params": new_params}
     return Quantized(
         module,

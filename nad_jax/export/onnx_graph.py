@@ -11,7 +11,8 @@ in JAX. A runtime fuses
     DequantizeLinear -> Conv -> Relu -> QuantizeLinear
 
 into integer arithmetic. It can do so where a layer's output reaches only the input of
-another layer, at most through a ReLU: not where a residual sum comes between.
+another layer, at most through a ReLU: where a residual sum comes between, only if the
+sum's operands have grids of their own (`models.sums`).
 
 The module is traced once with its layers replaced by markers, so that only what lies
 between them has to be translated (`onnx_walk`); what a layer computes is known from its
@@ -20,6 +21,7 @@ factor and summand, and after `fold_batch_norm` only a summand, which becomes th
 of the layer before it.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,8 +38,9 @@ from jax.extend import core as jax_core
 
 from nad_jax import errors
 from nad_jax.core import quantization
-from nad_jax.export import onnx_builder, onnx_walk
+from nad_jax.export import onnx_builder, onnx_rules, onnx_walk
 from nad_jax.models import layers as layers_lib
+from nad_jax.models import sums
 
 try:
     import onnx
@@ -94,7 +97,8 @@ def to_onnx(
         channel (size 1 on all other axes) or one for the tensor.
       specs: Layer name -> description of that grid.
       act_params: Layer name -> scale and zero point of the layer's input, one for the
-        tensor. None or empty = float activations.
+        tensor; the same for operands of sums, by their names in `models.sums`. None or
+        empty = float activations.
       act_spec: Description of those grids. Below 8 bits a Clip stands before the
         QuantizeLinear, and no runtime fuses the layer before it.
       apply_kwargs: Keyword arguments of the module's call, e.g. `{"train": False}`.
@@ -124,7 +128,8 @@ def to_onnx(
     if layers is None:
         layers = _find_layers(module, variables, image_shape, apply_kwargs, bool(codes))
     by_path = {layer.path: layer for layer in layers}
-    unknown = sorted({*codes, *act_params} - {layer.name for layer in layers})
+    inputs = {name for name in act_params if not sums.is_operand(name)}
+    unknown = sorted({*codes, *inputs} - {layer.name for layer in layers})
     if unknown:
         raise errors.InputError(
             f"codes for {', '.join(unknown)}, which the module does not call; its "
@@ -143,7 +148,10 @@ def to_onnx(
         closed.jaxpr,
         [*leaves, images],
         closed.consts,
-        {_layer_p.name: writer.layer},
+        {
+            _layer_p.name: writer.layer,
+            "add": functools.partial(writer.add, _operands(closed.jaxpr)),
+        },
         needed=[0],
     )
     shape = closed.jaxpr.outvars[0].aval.shape
@@ -209,6 +217,7 @@ def _trace(module, variables, image_shape, by_path, apply_kwargs):
             )
         # The layer's own operations lead nowhere now, and are dropped.
         inputs = args[0] if args else kwargs["inputs"]
+        inputs = sums.mark_input(inputs, "/".join(path))
         return _layer_p.bind(
             inputs, path=path, shape=outputs.shape, dtype=outputs.dtype
         )
@@ -239,6 +248,12 @@ def _trace(module, variables, image_shape, by_path, apply_kwargs):
             f"them, got {len(closed.jaxpr.outvars)} arrays"
         )
     return closed, batch
+
+
+def _operands(jaxpr) -> dict[int, tuple[str, str]]:
+    """Identity of each sum's equation -> names of its operands."""
+    found = sums.find(jaxpr, jaxpr.invars[-1:])
+    return {id(jaxpr.eqns[index]): names for index, names in found.items()}
 
 
 class _Writer:
@@ -313,6 +328,18 @@ class _Writer:
             bias = np.asarray(own["bias"], np.float32)
             summand = bias.reshape((1,) * (rank - 1) + bias.shape)
         return [onnx_builder.Value(shape, name=name, order=order, summand=summand)]
+
+    def add(self, operands, builder, equation, values):
+        """The handler of additions: operands of sums that have a grid move to it."""
+        names = operands.get(id(equation), ())
+        if not any(name in self._act_params for name in names):
+            return None
+        moved = []
+        for name, value in zip(names, values, strict=True):
+            value = builder.plain(value)
+            tensor = self._quantized_input(name, builder.tensor(value, value.order))
+            moved.append(dataclasses.replace(value, name=tensor, plain=None))
+        return [onnx_rules.RULES["add"](builder, equation, moved)]
 
     def _quantized_input(self, layer: str, inputs: str) -> str:
         if layer not in self._act_params:

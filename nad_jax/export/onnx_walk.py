@@ -22,7 +22,7 @@ def run(
     jaxpr: Any,
     arguments: Sequence[onnx_builder.Value],
     constants: Sequence[Any],
-    extra: dict[str, Callable[..., list[onnx_builder.Value]]],
+    extra: dict[str, Callable[..., list[onnx_builder.Value] | None]],
     needed: Sequence[int] | None = None,
 ) -> list[onnx_builder.Value]:
     """Emits the nodes of a jaxpr and returns the values of its outputs.
@@ -32,7 +32,8 @@ def run(
       jaxpr: Open jaxpr.
       arguments: Its inputs.
       constants: Its captured arrays.
-      extra: Handlers `(builder, equation, values)` of further primitives, by name.
+      extra: Handlers `(builder, equation, values)` of further primitives, by name; one
+        that returns None leaves the equation to the table.
       needed: Which outputs are wanted; None = all.
 
     Raises:
@@ -87,8 +88,9 @@ _CALLS = {
 
 def _run_equation(builder, equation, values, extra) -> list[onnx_builder.Value]:
     name = equation.primitive.name
-    if name in extra:
-        return extra[name](builder, equation, values)
+    results = extra[name](builder, equation, values) if name in extra else None
+    if results is not None:
+        return results
     if name in _CALLS:
         body = equation.params[_CALLS[name]]
         closed = isinstance(body, jax_core.ClosedJaxpr)
