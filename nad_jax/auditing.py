@@ -41,6 +41,7 @@ from nad_jax.interop import (
     safetensors_reader,
 )
 from nad_jax.models import layers as layers_lib
+from nad_jax.models import sums
 
 # Relative; a grid recomputed from weights that were folded in another order differs in
 # its last bits.
@@ -219,7 +220,10 @@ def audit(
         measured = _measure(
             module, variables, images, layers, stated, found, apply_kwargs
         )
-    rest = _check_rest(module, variables, layers, stated, grids, shape, apply_kwargs)
+    rest = []
+    if images is not None:
+        rest += _check_sums(module, variables, images, stated, apply_kwargs)
+    rest += _check_rest(module, variables, layers, stated, grids, shape, apply_kwargs)
     return Audit(
         stated.format,
         folded,
@@ -285,7 +289,8 @@ def _check_together(stated: _Stated, layers, source: str, path: str) -> None:
                 f"{path} does not belong to {source}: codes of {layer.name!r} are "
                 f"{list(shape)}, its kernel {list(layer.geometry.kernel_shape)}"
             )
-    if stated.act_spec is not None and set(stated.act_params) != names:
+    inputs = {name for name in stated.act_params if not sums.is_operand(name)}
+    if stated.act_spec is not None and inputs != names:
         raise errors.InputError(f"{path}: some layers' inputs have a grid, some none")
 
 
@@ -441,6 +446,31 @@ def _measure(
     return measured
 
 
+def _check_sums(module, variables, images, stated: _Stated, apply_kwargs) -> list[str]:
+    """Findings about the grids of sums' operands."""
+    reasons = []
+
+    def look(name, value, layer):
+        del layer
+        if name not in stated.act_params:
+            reasons.append(f"operand {name} has no grid, others have")
+            return value
+        spec = stated.act_spec
+        assert spec is not None
+        loss = _activation_loss(value, stated.act_params[name], spec)
+        if loss > _MAX_ACTIVATION_LOSS:
+            reasons.append(f"the grid of {name} {_loses(loss)}")
+        return value
+
+    if any(map(sums.is_operand, stated.act_params)):
+        sums.run(lambda x: module.apply(variables, x, **apply_kwargs), images, look)
+    return reasons
+
+
+def _loses(loss: float) -> str:
+    return f"loses {loss:.3g} times what a min-max grid loses on clean images"
+
+
 def _activation_loss(inputs, params, spec) -> float:
     """Squared error of the file's grid on float inputs, against the min-max grid's."""
     values = np.asarray(inputs, np.float64).ravel()
@@ -509,11 +539,7 @@ def _judge(name: str, grid: _Grid, offsets, measured) -> LayerAudit:
     evidence: _Measured | None = measured.get(name)
     if evidence is not None and evidence.activation_loss is not None:
         if evidence.activation_loss > _MAX_ACTIVATION_LOSS:
-            reasons.append(
-                "the grid of its inputs loses "
-                f"{evidence.activation_loss:.3g} times what a min-max grid loses on "
-                "clean images"
-            )
+            reasons.append(f"the grid of its inputs {_loses(evidence.activation_loss)}")
     result = functools.partial(
         LayerAudit,
         name,

@@ -15,6 +15,7 @@ import numpy as np
 from nad_jax import errors
 from nad_jax.core import quantization
 from nad_jax.interop import bounded_file
+from nad_jax.models import sums
 
 _LAYER_OPS = ("Conv", "Gemm", "MatMul")
 # Bits of a code by the names of NumPy's and ml_dtypes' types.
@@ -28,7 +29,8 @@ class OnnxCodes(NamedTuple):
       codes: Layer name -> int8 or uint8, in Flax's layout `[*window, Cin, Cout]`.
       quant_params: Layer name -> grid of the kernel, of the kernel's rank.
       storage_bits: Layer name -> 4 or 8, width of the type the codes are stored in.
-      act_params: Layer name -> grid of the layer's input.
+      act_params: Layer name -> grid of the layer's input; name of a sum's operand
+        (`models.sums`) -> its grid.
       act_bits: Width of those grids, None where there are none.
       image_shape: `(H, W, C)`.
       metadata: Texts stored with the model.
@@ -98,7 +100,16 @@ def _layers(nodes, arrays):
     made_by = {name: node for node in nodes for name in node.output}
     codes, grids, widths, act_grids = {}, {}, {}, {}
     act_widths = set()
+    num_sums = 0
     for node in nodes:
+        if node.op_type == "Add":
+            operands = [
+                _input_grid(made_by.get(name), made_by, arrays) for name in node.input
+            ]
+            if all(operands):
+                for side, grid in zip(sums.SIDES, operands, strict=True):
+                    act_grids[f"sum{num_sums}/{side}"] = grid[0]
+                num_sums += 1
         if node.op_type not in _LAYER_OPS:
             continue
         weight = made_by.get(node.input[1])

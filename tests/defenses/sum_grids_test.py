@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nad_jax import errors
+from nad_jax import auditing, errors
 from nad_jax.core import quantization
 from nad_jax.defenses import efrap as efrap_lib
 
@@ -38,12 +38,12 @@ def quantized():
         method="nearest",
         quantize_sums=True,
     )
-    return result, images
+    return result, variables, images
 
 
 @pytest.mark.slow
 def test_operands_have_grids_and_shortcuts_that_of_their_layer(quantized):
-    result, images = quantized
+    result, _, images = quantized
     layers = {"stem", "a1", "a2", "b1", "b2", "b3", "fc"}
     operands = {f"sum{i}/{side}" for i in (0, 1) for side in ("left", "right")}
     assert set(result.act_params) == layers | operands
@@ -89,7 +89,7 @@ def test_a_runtime_computes_whole_blocks_in_integers(quantized, tmp_path):
     pytest.importorskip("onnxruntime")
     from nad_jax.export import onnx_graph, onnx_runtime
 
-    result, images = quantized
+    result, variables, images = quantized
     model = onnx_graph.to_onnx(
         Net(),
         result.variables,
@@ -110,6 +110,13 @@ def test_a_runtime_computes_whole_blocks_in_integers(quantized, tmp_path):
     operations = [node.op_type for node in onnx.load_model(path).graph.node]
     assert operations.count("QLinearConv") == 6 and "Conv" not in operations
     assert operations.count("QLinearAdd") >= 1
+
+    # And an audit reads the grids of sums from the file.
+    (tmp_path / "model.onnx").write_bytes(model)
+    found = auditing.audit(
+        variables, tmp_path / "model.onnx", module=Net(), images=images
+    )
+    assert found.honest, found.findings
 
 
 def test_sums_need_activation_bits():
