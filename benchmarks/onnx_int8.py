@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime
 
 from nad_jax import models
+from nad_jax.core import grids as grids_lib
 from nad_jax.core import quantization
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.export import onnx_graph, onnx_runtime
@@ -48,7 +49,7 @@ def files(name: str, width: float) -> dict[str, bytes]:
         layers=layers,
         apply_kwargs=EVALUATE,
     )
-    spec = efrap_lib.activation_spec(8)
+    spec = grids_lib.GRIDS["plain"].act_spec(8)
     # Inputs of layers are not negative in these nets; operands of sums may be.
     positive = quantization.params_from_range(0.0, 4.0, spec)
     signed = quantization.params_from_range(-4.0, 4.0, spec)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nad_jax import auditing, errors
+from nad_jax.core import grids as grids_lib
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
@@ -120,7 +121,7 @@ def _quantized(case, method, **options):
 
 def _with_activations(case, result, bits):
     """The same result with inputs on min-max grids; calibrating would be compiled."""
-    spec = efrap_lib.activation_spec(bits)
+    spec = grids_lib.GRIDS["plain"].act_spec(bits)
     _, state = case.module.apply(
         result.variables, case.calibration, mutable=["intermediates"]
     )
@@ -131,7 +132,9 @@ def _with_activations(case, result, bits):
         name: quantization.params_from_range(0.0, high, spec)
         for name, high in highest.items()
     }
-    return dataclasses.replace(result, act_params=grids, act_spec=spec)
+    return dataclasses.replace(
+        result, act_params=grids, act_specs=dict.fromkeys(grids, spec)
+    )
 
 
 def _with_codes(result, changes):

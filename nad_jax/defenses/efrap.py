@@ -453,6 +453,7 @@ def efrap(
         for layer in layers:
             quantize_layer(layer, None, None)
     if quantize_sums:
+        assert act_bits is not None  # seen to above
         of_sums = sum_grids.calibrate(
             module,
             variables,

@@ -34,7 +34,7 @@ def test_int4_codes_and_accuracy_survive_the_export(
 ):
     result = rounded
     if act_bits is None:
-        result = dataclasses.replace(result, act_params={}, act_spec=None)
+        result = dataclasses.replace(result, act_params={}, act_specs={})
     artifact.write_artifact(
         tmp_path / "model.safetensors",
         artifact.Artifact(

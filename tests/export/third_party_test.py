@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from nad_jax.core import grids as grids_lib
 from nad_jax.core import quantization
 from nad_jax.defenses import efrap as efrap_lib
 
@@ -138,10 +139,12 @@ def test_an_exported_file_comes_back_with_the_codes_it_had(
     victim, defended, act_bits, tmp_path
 ):
     if act_bits is not None:
-        spec = efrap_lib.activation_spec(act_bits)
+        spec = grids_lib.GRIDS["plain"].act_spec(act_bits)
         grid = quantization.params_from_range(0.0, 4.0, spec)
         defended = dataclasses.replace(
-            defended, act_params=dict.fromkeys(defended.codes, grid), act_spec=spec
+            defended,
+            act_params=dict.fromkeys(defended.codes, grid),
+            act_specs=dict.fromkeys(defended.codes, spec),
         )
     path = _third_party(_export(defended), victim.images, tmp_path, per_channel=True)
     back = onnx_codes.read_onnx(path)
