@@ -438,12 +438,10 @@ def efrap(
 
     is_solved = len(given) == len(layers)
     if (method in layer_rounding.LOOKING and not is_solved) or act_specs:
-        if mesh is not None:
-            images = sharding.shard_batch(images, mesh)
         layer_walk.walk(
             module,
             variables if mesh is None else sharding.replicate(variables, mesh),
-            images,
+            images if mesh is None else sharding.shard_batch(images, mesh),
             layers,
             quantize_layer,
             revisit=quantize_inputs,
