@@ -124,7 +124,7 @@ def measure(name: str, width: float, batch: int, rounds: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time int8 ONNX files.")
     parser.add_argument("--models", nargs="+", default=["resnet_14", "resnet_18"])
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=16)

@@ -452,14 +452,15 @@ def efrap(
             quantize_layer(layer, None, None)
     if quantize_sums:
         assert act_bits is not None  # seen to above
+        width: int = act_bits
         of_sums = sum_grids.calibrate(
             module,
             variables,
             images,
             {name: (act_params[name], act_specs[name]) for name in act_params},
             lambda value: (
-                activation_grids.measure(value, grid, act_bits),
-                grid.act_spec(act_bits),
+                activation_grids.measure(value, grid, width),
+                grid.act_spec(width),
             ),
             apply_kwargs=apply_kwargs,
         )
