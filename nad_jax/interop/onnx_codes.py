@@ -103,11 +103,12 @@ def _layers(nodes, arrays):
     num_sums = 0
     for node in nodes:
         if node.op_type == "Add":
-            operands = [
+            operands = (
                 _input_grid(made_by.get(name), made_by, arrays) for name in node.input
-            ]
-            if all(operands):
-                for side, grid in zip(sums.SIDES, operands, strict=True):
+            )
+            known = [operand for operand in operands if operand is not None]
+            if len(known) == len(node.input):
+                for side, grid in zip(sums.SIDES, known, strict=True):
                     act_grids[f"sum{num_sums}/{side}"] = grid[0]
                 num_sums += 1
         if node.op_type not in _LAYER_OPS:
