@@ -4,14 +4,14 @@
     python -m nad_jax.main --config=configs/nad.py            # digits, some minutes
     python -m nad_jax.main --config=configs/nad.py:smoke      # seconds, for tests
     python -m nad_jax.main --config=configs/nad.py:blend      # another attack
-    python -m nad_jax.main --config=configs/nad.py:cifar10,blend \
+    python -m nad_jax.main --config=configs/nad.py:cifar10+blend \
         --config.data.data_dir=DIR
 
     python -m nad_jax.main --config=configs/nad.py:zoo/digits-blend
     python -m nad_jax.zoo list                                # what else there is
 
 A variant is one attack of badnets (the default), trojan, blend, clean_label, sig,
-refool and wanet, or "smoke" or "cifar10", or one of each joined by a comma; or a
+refool and wanet, or "smoke" or "cifar10", or one of each joined with +; or a
 finished victim, zoo/NAME, which brings its own data, model and attack.
 
 Every number can be overridden: --config.attack.poison_rate=0.01 --config.seeds='(0,1)'.
@@ -34,13 +34,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config = get_config("cifar10" if victim.startswith("cifar10") else "")
         config.zoo = victim
         return config
-    parts = [part for part in variant.split(",") if part]
+    parts = [part for part in variant.split("+") if part]
     scales = [part for part in parts if part in _SCALES]
     attacks = [part for part in parts if part in _ATTACKS]
     if len(scales) + len(attacks) < len(parts) or len(scales) > 1 or len(attacks) > 1:
         raise ValueError(
             f"variant must be one of {', '.join(_SCALES)} and one of "
-            f"{', '.join(_ATTACKS)}, or both joined by a comma, or zoo/NAME, "
+            f"{', '.join(_ATTACKS)}, or both joined with +, or zoo/NAME, "
             f"got {variant!r}"
         )
     config = ml_collections.ConfigDict()
