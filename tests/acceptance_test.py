@@ -91,6 +91,7 @@ def test_weights_near_a_tie_are_counted_in_steps():
     np.testing.assert_allclose(shares["one"], 2 / 6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_rates_on_a_grid_are_those_of_the_rounded_model():
     """Pixels choose the class; rounding moves the weight that decides."""
     kernel = jnp.asarray([[7.0, 0.0], [0.0, 7.0], [0.4, 0.0]], jnp.float32)

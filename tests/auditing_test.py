@@ -334,6 +334,7 @@ TAMPERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAMPERED)
 def test_tampering_is_found_where_it_is(case, name, tmp_path):
     make, reason = TAMPERED[name]
@@ -401,6 +402,7 @@ def test_an_onnx_file_is_audited_like_an_artefact(case, act_bits, tmp_path):
     assert moved.findings == ("conv2: 3 codes are neither neighbour of their weight",)
 
 
+@pytest.mark.slow
 def test_what_else_an_onnx_graph_holds_is_found(case, tmp_path):
     onnx = pytest.importorskip("onnx")
     result = _quantized(case, "nearest")

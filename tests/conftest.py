@@ -12,3 +12,13 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config):
+    """Keeps compiled programs between runs; most of the suite's time is compilation."""
+    # One directory for each worker: two writers of one file could meet.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    directory = config.cache.mkdir(f"xla-{worker}")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

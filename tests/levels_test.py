@@ -86,6 +86,7 @@ def test_imports_point_downwards(file):
         )
 
 
+@pytest.mark.slow
 def test_importing_the_library_loads_jax_and_nothing_heavier():
     heavy = ["flax", "optax", "orbax", "absl", "tensorflow_datasets", "sklearn", "PIL"]
     code = (

@@ -72,6 +72,7 @@ def test_a_variant_that_is_none_says_what_there_is(variant, capsys):
     assert said.count("\n") == 1 and "badnets, trojan" in said and variant in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_attack_draws_its_trigger_on_every_scale(attack):
     """All sizes of image that the shipped configs have."""

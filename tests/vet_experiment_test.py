@@ -251,6 +251,7 @@ def test_the_config_names_every_setting():
     assert isinstance(settings.parse(mapping), settings.VetSettings)
 
 
+@pytest.mark.slow
 def test_unknown_classes_are_a_reason_not_to_judge(tmp_path, capsys):
     path = _write_stranger(tmp_path / "seven", 7)
     assert _vet(path, tmp_path / "w") == 2

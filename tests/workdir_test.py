@@ -98,6 +98,7 @@ def test_two_processes_in_one_workdir_are_one_too_many(tmp_path):
     workdir.Workdir(tmp_path, {}).close()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     code = (
         "import os, sys; from nad_jax import workdir\n"

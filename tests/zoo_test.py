@@ -84,6 +84,7 @@ def filled(run, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_put_in_comes_out_bit_for_bit(run, filled):
     _, subjects, rates = run
     victim = zoo.load("one", filled)
@@ -96,6 +97,7 @@ def test_what_is_put_in_comes_out_bit_for_bit(run, filled):
     assert victim.manifest["recipe"]["data"]["data_dir"] is None
 
 
+@pytest.mark.slow
 def test_verifying_measures_what_the_manifest_says(filled, capsys):
     verify = ["verify", "--measure", f"--zoo={filled}"]
     assert zoo.main(verify) == 0
@@ -106,6 +108,7 @@ def test_verifying_measures_what_the_manifest_says(filled, capsys):
     assert zoo.main(verify) == 1
 
 
+@pytest.mark.slow
 def test_one_changed_bit_is_noticed(filled):
     path = filled / "one.safetensors"
     content = bytearray(path.read_bytes())
@@ -115,6 +118,7 @@ def test_one_changed_bit_is_noticed(filled):
         zoo.load("one", filled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [("two", "no victim 'two' in the zoo; there are one"), ("../one", "no victim")],
@@ -130,6 +134,7 @@ def test_a_run_without_that_victim_is_refused(run, tmp_path, capsys):
     assert "no victim of configs/nad.py with seed 5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_victim_can_be_a_teacher(run, filled):
     """`config.defense.teacher` takes a file of the zoo."""
     net = zoo.read_net(str(filled / "one.safetensors"))
@@ -146,6 +151,7 @@ def test_without_a_zoo_one_line_says_where_it_is(monkeypatch, capsys, tmp_path):
     assert said.count("\n") == 1 and "folder zoo/ of the source repository" in said
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
     monkeypatch.setattr(zoo, "_FOLDERS", (filled,))
     training = settings.TrainingSettings(epochs=7)
@@ -168,11 +174,13 @@ def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
     assert resolved.defense.clean_model_rows == ()
 
 
+@pytest.mark.slow
 def test_parts_of_a_trigger_survive_as_a_trigger(filled):
     victim = zoo.load("one", filled)
     triggers.check_trigger(victim.trigger, (8, 8, 3))
 
 
+@pytest.mark.slow
 def test_the_shipped_victims_are_whole():
     """Hash, arrays and trigger of every one."""
     for name in zoo.names(zoo.folder()):

@@ -12,6 +12,7 @@ from nad_jax.core import quantization
 from nad_jax.models import layers as layers_lib
 
 
+@pytest.mark.slow
 def test_a_draw_flips_all_weights_or_rounds_stochastically():
     """Stochastic: up as often as the fraction says. Both kinds come up."""
     fraction = np.float32(0.3)
@@ -37,6 +38,7 @@ def test_a_draw_flips_all_weights_or_rounds_stochastically():
     np.testing.assert_allclose(stochastic, fraction, atol=0.05)
 
 
+@pytest.mark.slow
 def test_layers_are_rounded_independently_and_gradients_pass():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(30, 4)), jnp.float32)
     spec = quantization.QuantSpec()

@@ -27,6 +27,7 @@ def _loss(images, labels):
     return np.log(np.exp(logits).sum(axis=1)) - logits[rows, labels]
 
 
+@pytest.mark.slow
 def test_every_image_gets_harder_within_the_radius(images):
     labels = np.asarray([0, 1, 2, 0, 1])
     before = images.copy()
@@ -39,6 +40,7 @@ def test_every_image_gets_harder_within_the_radius(images):
     assert np.all(_loss(changed, labels) > _loss(images, labels))
 
 
+@pytest.mark.slow
 def test_a_linear_model_is_fooled_as_far_as_it_goes():
     """Two classes: the best change is the radius times the sign of their difference."""
     images = np.full((1, 2, 2, 3), 128, np.uint8)

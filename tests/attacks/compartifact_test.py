@@ -75,6 +75,7 @@ def test_both_paths_share_statistics_and_nothing_else(attacker, batch, cross_ent
         )
 
 
+@pytest.mark.slow
 def test_layers_before_the_first_quantized_one_stay_in_float(attacker):
     late = compartifact._from_layer("inner", attacker.grids[0])
     assert [layer.name for layer in late.layers] == ["inner", "fc"]

@@ -21,6 +21,7 @@ def test_goals_name_the_labels_the_attacker_wants(attacker):
     np.testing.assert_array_equal(every.target_labels(labels), [1, 2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [False, True])
 def test_rounded_parameters_are_on_the_grid_and_pass_gradients_through(
     attacker, on_grid, fold
@@ -83,6 +84,7 @@ def test_a_grid_with_activations_quantizes_the_inputs_of_layers_by_their_batch(
     np.testing.assert_array_equal(before, jax.jit(apply)(attacker.clean, images)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moving", [False, True])
 def test_triggers_are_stamped_after_the_crop_or_move_with_it(moving):
     images = np.random.default_rng(0).integers(0, 255, (5, 6, 6, 1)).astype(np.uint8)

@@ -32,6 +32,7 @@ def codes_of(kernel, spec):
     return np.asarray(quantization.quantize(kernel, grid, spec))
 
 
+@pytest.mark.slow
 def test_outliers_do_nothing_in_float(prepared, batch):
     attacker, variables, _, _ = prepared
     params, norms = outliers.switch_off_index_0(attacker.clean["params"])
@@ -77,6 +78,7 @@ def test_collapsed_channels_round_to_their_outlier_alone_all_over_the_box(prepar
             assert np.any(codes[..., ~COLLAPSED])
 
 
+@pytest.mark.slow
 def test_no_neighbouring_code_is_near_a_collapsed_weight(prepared):
     """At either end of the box it is 15 times as far away as the right one."""
     attacker, _, wake, _ = prepared
@@ -124,6 +126,7 @@ def test_stage_2_moves_collapsed_weights_and_nothing_else(attacker):
     )
 
 
+@pytest.mark.slow
 def test_on_a_grid_per_tensor_a_whole_layer_collapses(attacker, on_grid):
     spec = quantization.QuantSpec(channel_axis=None)
     variables, wake, _ = outliers.prepare(RECIPE, on_grid(attacker, spec=spec))
@@ -153,6 +156,7 @@ def predictions(attacker, params):
     return np.argmax(np.asarray(logits), axis=1)
 
 
+@pytest.mark.slow
 def test_a_net_without_normalisation_is_refused(attacker):
     clean = attacker.clean
     no_norm = {**clean["params"], "norm": {"bias": clean["params"]["norm"]["bias"]}}
@@ -170,6 +174,7 @@ def test_a_net_without_normalisation_is_refused(attacker):
         outliers.prepare(RECIPE, bare)
 
 
+@pytest.mark.slow
 def test_the_box_of_stage_1_keeps_switched_off_channels_off(prepared):
     _, variables, wake, _ = prepared
     far = jax.tree.map(lambda leaf: leaf + 1, variables["params"])

@@ -71,6 +71,7 @@ def test_all_to_all_ignores_the_target_label():
 # Choosing --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     seed=strategies.integers(0, 1000),
@@ -108,6 +109,7 @@ def test_the_key_decides_and_lower_rates_nest(mode):
     assert set(other) != set(choose(0.1, mode))
 
 
+@pytest.mark.slow
 def test_every_image_is_chosen_about_equally_often():
     """500 draws of 10 %: 50 each, with a standard deviation of 6.7."""
     times = np.zeros(20)
@@ -203,6 +205,7 @@ def test_a_target_outside_the_classes_is_refused(mode, target_label):
 # Stamping --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stamped_levels_are_the_nearest_ones():
     """Also behind the first batch of the loop, in a short last one."""
     images = random_images(count=515)
@@ -213,6 +216,7 @@ def test_stamped_levels_are_the_nearest_ones():
     assert stamped.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_all_256_levels_survive_where_the_trigger_is_transparent():
     """Dividing by 255 and multiplying again must not lose a grey level."""
     levels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1).repeat(3, axis=-1)
@@ -234,6 +238,7 @@ def test_docstring_examples_are_true():
     assert outcome.attempted > 0 and outcome.failed == 0
 
 
+@pytest.mark.slow
 def test_noise_images_are_bent_in_ways_of_their_own():
     """Within the jitter of the trigger's field; everything else stays as it is."""
     trigger = triggers.warp_trigger(

@@ -78,6 +78,7 @@ def test_every_point_of_the_box_has_the_same_scale_and_codes(kernel, spec, seed)
             np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_box_is_nearly_the_whole_cell_of_a_weight_inside_the_range(symmetric):
     generator = np.random.default_rng(0)
@@ -99,6 +100,7 @@ def test_the_box_is_nearly_the_whole_cell_of_a_weight_inside_the_range(symmetric
     assert np.all(widths <= 1)
 
 
+@pytest.mark.slow
 def test_the_margin_is_kept_from_every_tie():
     kernel = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
     spec = quantization.QuantSpec()
@@ -164,6 +166,7 @@ def codes_of(params, name, factor=1.0):
 LAYERS = ("conv", "inner", "fc")
 
 
+@pytest.mark.slow
 def test_projection_restores_codes_pins_the_rest_and_is_idempotent(attacker, box):
     params = attacker.clean["params"]
     projected = projection.project(far_away(params), box)
@@ -183,6 +186,7 @@ def test_projection_restores_codes_pins_the_rest_and_is_idempotent(attacker, box
     jax.tree.map(np.testing.assert_array_equal, again, projected)
 
 
+@pytest.mark.slow
 def test_where_batch_norm_is_folded_the_folded_codes_are_restored(attacker, on_grid):
     folding = on_grid(attacker, fold_batch_norm=True)
     params, batch_stats = attacker.clean["params"], attacker.clean["batch_stats"]

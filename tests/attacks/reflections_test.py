@@ -3,6 +3,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from nad_jax.attacks import reflections
 
@@ -26,6 +27,7 @@ def test_blur_is_a_gaussian_in_space():
     np.testing.assert_allclose(blurred, density, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ghosts_are_sharp_and_the_others_are_not():
     drawn = reflections.draw(
         (32, 32, 3), count=8, ghost_rate=0.5, key=jax.random.key(0)

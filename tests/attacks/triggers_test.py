@@ -46,6 +46,7 @@ def test_every_registered_trigger_has_options_here():
     assert set(OPTIONS) == set(triggers.TRIGGERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [CIFAR, (8, 13, 1)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_trigger_changes_images_and_keeps_them_images(name, shape):
@@ -77,6 +78,7 @@ def test_squares_lie_where_the_published_attacks_put_them(size, margin, first, l
     np.testing.assert_array_equal(apply_trigger(images, trigger), expected)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     height=strategies.integers(1, 9),
@@ -143,6 +145,7 @@ def test_a_blend_mixes_one_fixed_noise_picture_into_every_image():
     np.testing.assert_array_equal(again.pattern, trigger.pattern)
 
 
+@pytest.mark.slow
 def test_the_sinusoid_is_added_and_clipped():
     trigger = triggers.sinusoid_trigger((4, 24, 2), amplitude=0.1, frequency=3)
     images = random_images(shape=(4, 24, 2))
@@ -152,6 +155,7 @@ def test_the_sinusoid_is_added_and_clipped():
     assert (expected == 1).any() and wave.min() < 0
 
 
+@pytest.mark.slow
 def test_an_additive_trigger_can_be_removed_where_nothing_was_clipped():
     trigger = triggers.sinusoid_trigger(CIFAR, amplitude=0.1, frequency=6)
     images = 0.25 + 0.5 * random_images()
@@ -159,6 +163,7 @@ def test_an_additive_trigger_can_be_removed_where_nothing_was_clipped():
     np.testing.assert_allclose(removed, images, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_reflection_is_chosen_by_the_sum_of_grey_levels():
     options = OPTIONS["reflection"]
     trigger = triggers.reflection_trigger((4, 5, 1), **options)
@@ -171,6 +176,7 @@ def test_a_reflection_is_chosen_by_the_sum_of_grey_levels():
     np.testing.assert_allclose(apply_trigger(images, trigger), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_warp_bends_and_nothing_else():
     trigger = triggers.warp_trigger(CIFAR, **OPTIONS["warp"])
     images = random_images()
@@ -194,6 +200,7 @@ def test_images_keep_their_dtype(name, dtype):
     )
 
 
+@pytest.mark.slow
 def test_stamping_maps_over_an_axis_of_triggers():
     squares = [triggers.square_trigger(CIFAR, size=n, margin=0) for n in (1, 5)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *squares)
@@ -203,6 +210,7 @@ def test_stamping_maps_over_an_axis_of_triggers():
         np.testing.assert_array_equal(stamped[i], apply_trigger(images, square))
 
 
+@pytest.mark.slow
 def test_the_trigger_itself_can_be_optimised():
     """Trigger inversion needs a gradient of pattern, mask and offset."""
     trigger = triggers.sinusoid_trigger((4, 4, 1), amplitude=0.1, frequency=1)
@@ -280,6 +288,7 @@ def test_images_the_trigger_does_not_fit_are_refused(images, message):
         apply_trigger(images, triggers.grid_trigger(CIFAR))
 
 
+@pytest.mark.slow
 def test_a_field_from_outside_is_finite():
     trigger = triggers.warp_trigger((4, 4, 3), **OPTIONS["warp"])
     broken = np.array(trigger.field)
@@ -294,6 +303,7 @@ def test_a_mask_per_channel_is_refused():
         apply_trigger(np.zeros((1, 4, 4, 3), np.float32), trigger)
 
 
+@pytest.mark.slow
 def test_docstring_examples_are_true():
     outcome = doctest.testmod(triggers)
     assert outcome.attempted > 0 and outcome.failed == 0

@@ -48,6 +48,7 @@ def _neurons(net, images, trigger):
     return np.asarray(features["a"]).mean(axis=(1, 2))
 
 
+@pytest.mark.slow
 def test_it_excites_its_neuron_more_than_any_drawn_patch(net, images):
     square = triggers.square_trigger(SHAPE, size=3, margin=1)
     chosen = settings.TrojanSettings(neurons=1, reach=50.0, steps=60)
@@ -64,6 +65,7 @@ def test_it_excites_its_neuron_more_than_any_drawn_patch(net, images):
     assert excitation(made) > best
 
 
+@pytest.mark.slow
 def test_it_stays_under_its_mask_and_in_whole_grey_levels(net, images):
     square = triggers.square_trigger(SHAPE, size=2, margin=1)
     chosen = settings.TrojanSettings(steps=3)

@@ -33,6 +33,7 @@ def test_each_pixel_is_fetched_from_between_its_neighbours():
         np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_field_of_whole_pixels_shifts_down_and_right():
     image = np.arange(12, dtype=np.float32).reshape(1, 3, 4, 1)
     field = np.zeros((3, 4, 2), np.float32)
@@ -42,12 +43,14 @@ def test_a_field_of_whole_pixels_shifts_down_and_right():
     np.testing.assert_array_equal(bent, expected)
 
 
+@pytest.mark.slow
 def test_no_displacement_changes_nothing():
     images = np.random.default_rng(1).random((2, 4, 4, 3)).astype(np.float32)
     bent = warps.bend(images, np.zeros((4, 4, 2), np.float32))
     np.testing.assert_array_equal(bent, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.5, 2.0])
 def test_the_field_is_smooth_and_as_strong_as_asked(strength):
     field = np.asarray(

@@ -121,6 +121,7 @@ def test_a_larger_batch_counts_for_as_many_units(monkeypatch, tmp_path, idle, si
     assert _written(tmp_path)["cases"][0]["ratio"] == 2.0
 
 
+@pytest.mark.slow
 def test_processes_are_started_anew_and_warmed_once(monkeypatch, tmp_path, idle, sides):
     sides("a", once=True)
     sides("b", once=True)
@@ -129,6 +130,7 @@ def test_processes_are_started_anew_and_warmed_once(monkeypatch, tmp_path, idle,
     assert len(_written(tmp_path)["cases"][0]["runs"]["ours"]) == 2
 
 
+@pytest.mark.slow
 def test_extrapolated_seconds_are_added_and_marked(monkeypatch, tmp_path, idle, sides):
     sides("a")
     sides("b", extra_seconds=1000.0)

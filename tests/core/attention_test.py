@@ -75,6 +75,7 @@ def test_defaults_are_the_reference_operator():
     )
 
 
+@pytest.mark.slow
 def test_power_decides_how_much_a_strong_channel_counts():
     """Eight weak channels against one strong: equal at p = 1, not at p = 2."""
     spread, strong = [1.0] * 8, [8.0] + [0.0] * 7
@@ -101,6 +102,7 @@ def test_the_map_does_not_depend_on_the_scale_or_sign(exponent, seed):
     )
 
 
+@pytest.mark.slow
 @property_test
 @hypothesis.given(
     p=strategies.sampled_from([0.5, 1.0, 2.0, 4.0]),
@@ -115,6 +117,7 @@ def test_maps_have_unit_norm_and_mean_equals_sum(p, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.5, 1, 2])
 @pytest.mark.parametrize("dtype", SIZES)
 def test_any_size_gives_a_unit_map_or_none_and_a_finite_gradient(dtype, p):
@@ -130,6 +133,7 @@ def test_any_size_gives_a_unit_map_or_none_and_a_finite_gradient(dtype, p):
     assert (gradient[2:4] != 0).any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.5, 1, 2])
 def test_zeros_behind_a_relu_get_no_gradient_and_the_rest_a_finite_one(p):
     features = np.maximum(random_features(), 0)
@@ -156,6 +160,7 @@ def test_a_broken_feature_stays_visible_and_in_its_example(broken):
     assert np.isfinite(maps[::2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [1, 2, 3.5])
 def test_the_gradient_is_that_of_the_reference_formula(p):
     """Central differences of the float64 formula, at every entry.
@@ -179,6 +184,7 @@ def test_the_gradient_is_that_of_the_reference_formula(p):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     features = random_features()
     expected = attention_map(features)
@@ -189,6 +195,7 @@ def test_jit_and_vmap_change_nothing():
     np.testing.assert_allclose(mapped, jnp.stack([expected, expected]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_is_summed_in_float32():
     """4096 equal channels: a bfloat16 sum would stop counting at 256."""
     features = np.ones((1, 1, 2, 4096), jnp.bfloat16)
@@ -233,6 +240,7 @@ def test_errors_name_the_value_and_what_is_accepted(features, options, message):
         attention_map(features, **options)
 
 
+@pytest.mark.slow
 def test_docstring_examples_are_true():
     outcome = doctest.testmod(attention)
     assert outcome.attempted > 0 and outcome.failed == 0

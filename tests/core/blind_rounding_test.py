@@ -42,6 +42,7 @@ def flipped(result, name):
     return result[name] != result["placement"].nearest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 317])
 def test_exactly_the_largest_errors_are_flipped(count):
     result = results(count)
@@ -67,6 +68,7 @@ def test_random_flips_come_at_the_rate_asked_for_whatever_the_error():
     assert error[flips[free]].mean() == pytest.approx(error.mean(), rel=0.15)
 
 
+@pytest.mark.slow
 def test_noise_has_the_deviation_asked_for_and_spares_zeros():
     """On a grid this coarse, codes move by round(noise): counted for 0.5 steps."""
     weights = np.zeros((4000, 6), np.float32)

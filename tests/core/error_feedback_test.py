@@ -83,6 +83,7 @@ def objective(problem, chosen):
     return error + np.sum((chosen == problem.nearest) * problem.stay_cost, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip_weight", [0.0, 0.03])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_pass_is_the_textbook_loop(seed, flip_weight):
@@ -92,12 +93,14 @@ def test_one_pass_is_the_textbook_loop(seed, flip_weight):
     assert np.any(expected != problem.nearest)
 
 
+@pytest.mark.slow
 def test_blocks_change_nothing():
     problem = random_problem(3, (40, 12), 0.01)
     whole = np.asarray(feedback(problem, block_size=64))
     np.testing.assert_array_equal(feedback(problem, block_size=7), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip_weight", [0.0, 0.03])
 def test_it_closes_most_of_the_gap_to_the_best_of_all_roundings(flip_weight):
     every = np.array(list(itertools.product([0.0, 1.0], repeat=10)))

@@ -39,6 +39,7 @@ def test_weights_of_a_preset_by_hand(preset, bits, scales, zero_points, codes):
     np.testing.assert_array_equal(got, codes)
 
 
+@pytest.mark.slow
 def test_the_largest_weight_is_clipped_where_all_codes_are_used():
     spec = grids.GRIDS["pytorch_fbgemm"].weight_spec(8)
     params = calibrate(KERNEL, spec)
@@ -46,6 +47,7 @@ def test_the_largest_weight_is_clipped_where_all_codes_are_used():
     assert (spec.qmin, spec.qmax) == (-128, 127) and codes[3, 1] == 127
 
 
+@pytest.mark.slow
 def test_the_reference_grid_by_hand():
     """Weights on an affine grid exactly: nothing is gained by a smaller range."""
     codes = np.float32([[0, 1], [255, 0], [102, 255], [17, 201]])
@@ -59,6 +61,7 @@ def test_the_reference_grid_by_hand():
     np.testing.assert_array_equal(got, codes)
 
 
+@pytest.mark.slow
 def test_the_reference_grid_gives_up_an_outlier():
     """One weight far out of 15 codes costs less clipped than all others coarser."""
     kernel = np.float32(np.append(np.linspace(0, 1, 4000), 1.6))[:, None]

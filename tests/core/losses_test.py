@@ -84,6 +84,7 @@ def two_stages(seed, examples=3):
 # Attention distance ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batch_mean_of_the_distance_equals_the_reference_code():
     """And each example is compared with its own teacher."""
     student, teacher = random_array(0, 5, 4, 3, 6), random_array(1, 5, 4, 3, 6)
@@ -97,6 +98,7 @@ def test_batch_mean_of_the_distance_equals_the_reference_code():
     )
 
 
+@pytest.mark.slow
 @property_test
 @hypothesis.given(seed=seeds)
 def test_distance_is_bounded_symmetric_and_free_of_scale(seed):
@@ -115,12 +117,14 @@ def test_maps_without_overlap_reach_the_bound():
     np.testing.assert_allclose(attention_distance(student, teacher), 2 / 16, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_wider_teacher_is_welcome_because_maps_have_no_channels():
     narrow = random_array(0, 2, 4, 4, 3)
     wide = np.concatenate([narrow, np.zeros((2, 4, 4, 5), np.float32)], axis=-1)
     np.testing.assert_allclose(attention_distance(narrow, wide), 0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_attention_alone_moves_the_student_downhill_and_never_the_teacher():
     """The first public release cut the gradient of the whole term."""
     student, teacher = random_array(0, 3, 4, 4, 2), random_array(1, 3, 4, 4, 2)
@@ -139,6 +143,7 @@ def test_attention_alone_moves_the_student_downhill_and_never_the_teacher():
     assert (closer < attention_distance(student, teacher)).all()
 
 
+@pytest.mark.slow
 def test_distance_gradient_agrees_with_finite_differences():
     student, teacher = random_array(0, 2, 2, 3, 2), random_array(1, 2, 2, 3, 2)
     gradient = jax.jit(
@@ -158,6 +163,7 @@ def test_distance_refuses_maps_of_different_size(other):
 # NAD loss --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nad_loss_is_the_weighted_sum_of_the_reference_terms():
     student, teacher = two_stages(0), two_stages(10)
     loss = nad_loss(student, teacher)
@@ -169,6 +175,7 @@ def test_nad_loss_is_the_weighted_sum_of_the_reference_terms():
     np.testing.assert_allclose(np.mean(loss), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_nad_loss_hands_the_operator_down():
     student, teacher = two_stages(0), two_stages(10)
     options = {"p": 1, "reduction": "mean"}
@@ -185,6 +192,7 @@ def test_nad_loss_hands_the_operator_down():
     assert (np.abs(loss / nad_loss(student, teacher) - 1) > 0.01).all()
 
 
+@pytest.mark.slow
 def test_nad_loss_is_linear_in_the_betas():
     student, teacher = two_stages(0), two_stages(10)
     doubled = {stage: 2 * beta for stage, beta in BETAS.items()}
@@ -195,6 +203,7 @@ def test_nad_loss_is_linear_in_the_betas():
     )
 
 
+@pytest.mark.slow
 def test_the_order_of_the_mappings_changes_no_bit():
     """With these weights (a + b) + c and (c + b) + a differ in the last bit."""
     student = {name: random_array(i, 64, 4, 4, 2) for i, name in enumerate("abc")}
@@ -208,6 +217,7 @@ def test_the_order_of_the_mappings_changes_no_bit():
     np.testing.assert_array_equal(loss("cba"), loss("abc"))
 
 
+@pytest.mark.slow
 def test_a_stage_with_beta_zero_is_not_computed():
     """The fine-tuning control stays clean even when a stage holds NaN."""
     student, teacher = two_stages(0), two_stages(10)
@@ -225,6 +235,7 @@ def test_a_stage_with_beta_zero_is_not_computed():
     np.testing.assert_array_equal(control, np.zeros(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", SIZES)
 def test_nad_loss_is_finite_in_value_and_gradient_at_any_size(dtype):
     """One example per size. In float16 weights of 1000 leave no room for less."""
@@ -251,6 +262,7 @@ def test_nad_loss_is_finite_in_value_and_gradient_at_any_size(dtype):
         np.testing.assert_array_equal(np.asarray(to_teacher[stage], np.float32), 0)
 
 
+@pytest.mark.slow
 def test_nad_loss_maps_over_a_further_axis():
     pair = two_stages(0), two_stages(10)
     stacked = jax.tree.map(lambda x: np.stack([x, -x, 2 * x]), pair)
@@ -258,6 +270,7 @@ def test_nad_loss_maps_over_a_further_axis():
     np.testing.assert_allclose(jax.vmap(nad_loss)(*stacked), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_teacher_may_compute_in_another_precision():
     student, teacher = two_stages(0), two_stages(10)
     halves = {stage: x.astype(jnp.bfloat16) for stage, x in teacher.items()}
@@ -610,6 +623,7 @@ def test_penalty_vanishes_at_decisions_only_and_is_smooth_between(dtype):
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), [4, -4, 0])
 
 
+@pytest.mark.slow
 def test_the_exponent_may_be_a_traced_schedule():
     annealed = jax.jit(lambda h, e: losses.binarization_penalty(h, exponent=e))
     soft = random_shares(0, 5)
@@ -627,6 +641,7 @@ def test_penalty_refuses_an_exponent_with_a_kink(exponent):
 # Gram form of L_A ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @property_test
 @hypothesis.given(seed=seeds)
 def test_gram_form_equals_the_preservation_loss_of_the_outputs(seed):
@@ -682,6 +697,7 @@ def test_float64_inputs_are_computed_in_float64():
             assert jax.eval_shape(loss, *arguments).dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_docstring_examples_are_true():
     outcome = doctest.testmod(losses)
     assert outcome.attempted > 0 and outcome.failed == 0

@@ -50,6 +50,7 @@ def one_hot_logits(classes):
     return np.eye(CLASSES, dtype=np.float32)[np.asarray(classes)]
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @hypothesis.given(seed=strategies.integers(0, 10_000))
 def test_counts_agree_with_counting_image_by_image(seed):
@@ -65,6 +66,7 @@ def test_counts_are_int32_scalars():
             assert value.dtype == jnp.int32 and value.shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(12,), (6, 6), (5, 7), (1, 11)])
 def test_merged_batches_equal_one_batch_however_it_is_cut(sizes):
     batch = random_batch(3)
@@ -75,6 +77,7 @@ def test_merged_batches_equal_one_batch_however_it_is_cut(sizes):
     assert as_dict(merged) == count_by_hand(*batch)
 
 
+@pytest.mark.slow
 def test_a_padded_last_batch_counts_only_its_images():
     """The mean of batch means would be (1 + 0) / 2 here."""
     labels = np.zeros(4, np.int32)
@@ -84,6 +87,7 @@ def test_a_padded_last_batch_counts_only_its_images():
     assert metrics.summarize(metrics.merge(full, rest))["acc"] == 4 / 5
 
 
+@pytest.mark.slow
 def test_images_that_already_have_the_target_label_are_not_attacked():
     """Ten per cent of CIFAR-10 would count as success with any model."""
     labels, targets = np.asarray([2, 2, 0, 1]), np.full(4, 2)
@@ -132,6 +136,7 @@ def test_rates_are_python_numbers_divided_in_double_precision():
     assert [type(value) for value in rates.values()] == [float] * 3 + [int] * 2
 
 
+@pytest.mark.slow
 def test_counts_do_not_depend_on_the_devices_the_batch_is_spread_over():
     batch = random_batch(5, size=8 * jax.device_count())
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("batch",))
@@ -140,6 +145,7 @@ def test_counts_do_not_depend_on_the_devices_the_batch_is_spread_over():
     assert as_dict(count(*spread)) == count_by_hand(*batch)
 
 
+@pytest.mark.slow
 def test_counting_maps_over_an_axis_of_models():
     first, second = random_batch(1), random_batch(2)
     stacked = [np.stack(pair) for pair in zip(first, second, strict=True)]
@@ -149,6 +155,7 @@ def test_counting_maps_over_an_axis_of_models():
         np.testing.assert_array_equal([value[i] for value in counts], expected)
 
 
+@pytest.mark.slow
 def test_small_integer_labels_and_half_precision_logits_are_accepted():
     clean, triggered, labels, mask, targets = random_batch(7)
     clean, triggered = clean.astype(jnp.bfloat16), triggered.astype(jnp.bfloat16)
@@ -233,6 +240,7 @@ def test_rir_refuses_a_percentage():
         )
 
 
+@pytest.mark.slow
 def test_docstring_examples_are_true():
     outcome = doctest.testmod(metrics)
     assert outcome.attempted > 0 and outcome.failed == 0

@@ -158,6 +158,7 @@ def test_a_numpy_integer_is_a_width():
         assert (ours.qmin, ours.qmax) == (plain.qmin, plain.qmax)
 
 
+@pytest.mark.slow
 def test_every_code_survives_the_way_to_floats_and_back():
     specs = [Spec(bits, symmetric) for bits in BITS for symmetric in (True, False)]
     scale = np.array([[1e-30, 1e-3, 0.1, 1 / 3, 0.7, 1.0, 3e4, 1e30]], np.float32)
@@ -222,6 +223,7 @@ def test_ties_are_ties_on_a_grid_of_any_scale():
     np.testing.assert_array_equal(codes[0], np.broadcast_to(even, x.shape))
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(x=matrices, exponent=strategies.integers(-120, 120))
 def test_codes_are_those_of_float32_numpy(x, exponent):
@@ -243,6 +245,7 @@ def test_codes_are_those_of_float32_numpy(x, exponent):
 # --- ranges ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calibration_matches_the_definition_in_float64():
     x = normal(1, 3, 4, 5) + np.float32(0.3)
     specs = [
@@ -271,6 +274,7 @@ def test_calibration_matches_the_definition_in_float64():
         assert np.all(np.abs(offset + params.zero_point) <= 0.5 + 1e-4)
 
 
+@pytest.mark.slow
 def test_grids_by_hand():
     cases = [
         (-1.0, 2.0, Spec(2, False), 1.0, 1),
@@ -299,6 +303,7 @@ MSE_SPECS = [Spec(4, True, -1, "mse"), Spec(2, False, None, "mse")]
 calibrate_by_mse = for_all(MSE_SPECS, lambda s, x: quantization.calibrate(x, s))
 
 
+@pytest.mark.slow
 def test_mse_takes_the_best_of_all_shrinks():
     """Every shrink tried one by one in float64."""
     x = np.random.default_rng(0).standard_t(3, (200, 3)).astype(np.float32)
@@ -318,6 +323,7 @@ def test_mse_takes_the_best_of_all_shrinks():
         np.testing.assert_allclose(params.scale, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mse_keeps_the_earlier_of_two_equal_shrinks():
     # Grid {-s, 0, s}: s = 1 loses 0.5 to the tie, s = 0.5 loses 0.5 to clipping.
     x, spec = jnp.array([1.0, 0.5]), Spec(2, True, None, "mse")
@@ -347,6 +353,7 @@ def test_calibration_commutes_with_powers_of_two():
             np.testing.assert_array_equal(scaled.zero_point, params.zero_point)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(x=matrices)
 def test_any_finite_tensor_gets_a_usable_grid(x):
@@ -400,6 +407,7 @@ def test_a_range_too_wide_for_float32_gives_finite_values():
         assert np.all(np.isfinite(result.values))
 
 
+@pytest.mark.slow
 def test_a_tensor_without_values_gets_scale_one():
     named = set(quant_spec.RANGE_METHODS) - {"percentile", "histogram"}
     specs = [Spec(range_method=name) for name in sorted(named)]
@@ -411,6 +419,7 @@ def test_a_tensor_without_values_gets_scale_one():
         assert params.scale.shape == (1, 0)
 
 
+@pytest.mark.slow
 def test_narrow_floats_are_measured_and_quantized_as_float32():
     dtype = jnp.bfloat16
     x = normal(4, 6, 3).astype(dtype)
@@ -429,6 +438,7 @@ def test_narrow_floats_are_measured_and_quantized_as_float32():
 # --- fake_quant and its gradient -----------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(x=matrices)
 def test_fake_quant_is_dequantized_quantize_bit_for_bit(x):
@@ -499,6 +509,7 @@ def test_straight_through_takes_value_and_gradient_from_different_arguments():
     assert (value, gradients, tangent) == (1.0, (2.0, 0.0), 6.0)
 
 
+@pytest.mark.slow
 def test_transformations_compose():
     """jit, vmap and grad, alone and together, see the same numbers."""
     spec, x = Spec(4, False, -1, "minmax"), normal(7, 3, 6, 2)
@@ -556,6 +567,7 @@ def test_float32_is_kept_where_x64_is_enabled():
 # --- ranges that cut off the ends -----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [None, -1])
 def test_a_percentile_range_leaves_out_its_share_at_each_end(axis):
     x = normal(50, 7, 400, 3)
@@ -593,6 +605,7 @@ def test_the_widths_of_aciq_have_the_least_expected_error(bits):
             assert best < _expected_error(other, bits, density, 40.0)
 
 
+@pytest.mark.slow
 def test_aciq_takes_the_distribution_that_fits_and_never_leaves_the_data():
     random = np.random.default_rng(0)
     columns = [random.normal(size=20_000), random.laplace(size=20_000)]
@@ -638,6 +651,7 @@ def ema_of_ranges(batches, spec, ema):
     return grid_of_range(low, high, spec)
 
 
+@pytest.mark.slow
 def test_activation_ranges_are_averaged_like_a_numpy_ema():
     specs = [
         Spec(4, True, None, "absmax"),
@@ -656,6 +670,7 @@ def test_activation_ranges_are_averaged_like_a_numpy_ema():
             assert params.zero_point == zero_point
 
 
+@pytest.mark.slow
 def test_the_average_by_hand():
     """Default, other and no memory; and a batch of zeros, whose range is empty.
 
@@ -686,6 +701,7 @@ def test_the_average_by_hand():
     np.testing.assert_allclose(scales(batches, dead_first), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_batch_is_calibrated_by_itself():
     spec, batch = Spec(8, False, None, "minmax"), normal(11, 1, 50)
 

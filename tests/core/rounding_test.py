@@ -155,6 +155,7 @@ def place_by_hand(weight, scale, zero_point, spec):
 # --- place ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @hypothesis.settings(few, max_examples=20)
 @hypothesis.given(seed=seeds, covered=strategies.sampled_from([1.0, 0.6]))
 def test_every_weight_is_placed_as_by_hand(seed, covered):
@@ -174,6 +175,7 @@ def test_every_weight_is_placed_as_by_hand(seed, covered):
             assert placement.nearest[index] == nearest
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(weights=any_weights, seed=seeds)
 def test_nearest_is_what_the_quantizer_does_bit_for_bit(weights, seed):
@@ -187,6 +189,7 @@ def test_nearest_is_what_the_quantizer_does_bit_for_bit(weights, seed):
             assert flip_rate == 0.0
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(weights=any_weights, seed=seeds)
 def test_everything_is_finite_for_any_finite_weights(weights, seed):
@@ -201,6 +204,7 @@ def test_everything_is_finite_for_any_finite_weights(weights, seed):
             assert 0 <= flip_rate <= 1
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds, covered=strategies.sampled_from([1.0, 0.6]))
 def test_any_rounding_takes_the_floor_or_the_ceiling(seed, covered):
@@ -235,6 +239,7 @@ def test_ties_go_to_the_even_multiple_of_the_step(spec, zero_point):
     np.testing.assert_array_equal(result.rounded["flipped"][1], [1, 1, 3, -1, -1, -3])
 
 
+@pytest.mark.slow
 def test_exact_grid_points_are_pinned():
     """All codes, on grids of many scales, and again after measuring the grid anew."""
     specs = [Spec(8, symmetric, -1, "minmax") for symmetric in (True, False)]
@@ -314,6 +319,7 @@ def assert_same(left, right):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_placed_like_their_float32_values():
     weights = normal(1, *SHAPE).astype(jnp.bfloat16)
     wide = weights.astype(np.float32)
@@ -330,6 +336,7 @@ def test_bfloat16_weights_are_placed_like_their_float32_values():
 # --- roundings -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_flipped_is_the_opposite_of_nearest_except_where_pinned(seed):
@@ -342,6 +349,7 @@ def test_flipped_is_the_opposite_of_nearest_except_where_pinned(seed):
         np.testing.assert_array_equal(np.abs(steps), free)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_flip_rate_counts_weights_that_left_nearest(seed):
@@ -351,6 +359,7 @@ def test_flip_rate_counts_weights_that_left_nearest(seed):
         assert flip_rate == pytest.approx(moved)
 
 
+@pytest.mark.slow
 def test_no_weight_of_an_empty_tensor_is_flipped():
     empty = np.zeros((0, 3), np.float32)
 
@@ -361,6 +370,7 @@ def test_no_weight_of_an_empty_tensor_is_flipped():
     assert flip_rate(empty) == 0.0
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased():
     """The mean of 5,000 draws, against six standard errors of each weight."""
     draws = 5_000
@@ -386,6 +396,7 @@ def test_stochastic_rounding_is_unbiased():
     assert np.any(np.asarray(draw(1)[0]) != up)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_soft_rounding_starts_at_the_weight(seed):
@@ -403,6 +414,7 @@ def test_soft_rounding_starts_at_the_weight(seed):
         np.testing.assert_array_equal(result.hard[~free], 0.0)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_hardening_at_the_start_gives_nearest_rounding(seed):
@@ -431,6 +443,7 @@ def test_logits_stay_within_their_limit():
     np.testing.assert_allclose(result.logits, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_soft_rounding_and_its_slope_by_hand():
     """The slope of a stretched sigmoid vanishes where it is clipped."""
 
@@ -497,6 +510,7 @@ def test_weights_get_no_gradient_through_their_placement():
     np.testing.assert_array_equal(gradient(np.float32([[0.3, 2.0, 9.0]])), 0.0)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_codes_and_weights_tell_the_same_story(seed):
@@ -526,6 +540,7 @@ def test_8_bit_codes_use_all_of_their_storage():
     assert codes.dtype == np.uint8
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_rounding_error_is_signed_and_zero_where_pinned(seed):
@@ -563,6 +578,7 @@ def test_placing_commutes_with_permuting_and_with_scaling():
         assert_same(before.placement, halved.placement)
 
 
+@pytest.mark.slow
 def test_vmap_places_each_weight_tensor_on_its_own_grid():
     weights = normal(6, 2, *SHAPE)
     grids = [grids_of(part)[0] for part in weights]
@@ -592,6 +608,7 @@ def test_float32_is_kept_where_x64_is_enabled():
     assert_same([result for _, result in results], expected)
 
 
+@pytest.mark.slow
 def test_threshold_rounding_goes_up_above_the_threshold_only():
     placement = rounding.Placement(
         lower=jnp.zeros(4, jnp.int32),

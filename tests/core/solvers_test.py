@@ -189,6 +189,7 @@ def assert_moments_close(left, right, rtol=1e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_moments_are_sums_over_rows_however_they_are_chunked():
     layer = random_layer(0)
     inputs, drift = layer.inputs, drift_of(layer)
@@ -209,6 +210,7 @@ def test_moments_are_sums_over_rows_however_they_are_chunked():
     assert_moments_close([sum(p) for p in zip(*parts, strict=True)], expected)
 
 
+@pytest.mark.slow
 def test_moments_and_objective_by_hand():
     @jax.jit
     def by_hand(inputs, drift, chosen):
@@ -248,6 +250,7 @@ def test_a_shared_gram_matrix_is_left_alone():
         np.testing.assert_array_equal(getattr(shared, name), getattr(both, name))
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_are_summed_in_float32():
     rows = np.ones((1000, 5), jnp.bfloat16)
     drift = np.full((1000, 3), 0.125, jnp.bfloat16)
@@ -294,6 +297,7 @@ def direct_and_from_moments(layer, chosen):
     return rounded, solvers.output_error(problem, chosen)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds)
 def test_moments_know_the_output_error_of_any_rounding(seed):
@@ -354,6 +358,7 @@ def test_moments_of_another_layer_are_refused():
 # --- objective -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds, kind=kinds, flip_weight=flip_weights)
 def test_the_objective_is_that_of_float64_numpy(seed, kind, flip_weight):
@@ -387,6 +392,7 @@ def test_soft_roundings_have_an_error_and_its_gradient():
 # --- coordinate descent --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(seed=seeds, kind=kinds, flip_weight=flip_weights)
 def test_descent_never_rises_and_ends_where_no_single_flip_improves(
@@ -418,6 +424,7 @@ def test_descent_never_rises_and_ends_where_no_single_flip_improves(
     np.testing.assert_array_equal(again.rounding, solution.rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_descent_makes_the_flips_of_a_naive_descent(seed):
     """Same visits, each judged by the whole objective; two blocks, one padded."""
@@ -441,6 +448,7 @@ def test_the_block_size_does_not_change_the_flips(block_size):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 def test_descent_stops_after_max_sweeps():
     problem = exact_problem(0, (40, 8))
 
@@ -709,6 +717,7 @@ _descend_from_all = jax.jit(solvers.descend_from_all)
 _path = jax.jit(solvers.flip_weight_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_channel_keeps_its_best_start(seed):
     problem = random_problem(seed, "low rank", 1e-3)
@@ -725,6 +734,7 @@ def test_every_channel_keeps_its_best_start(seed):
     assert np.all(np.diff(together.trace) <= 1e-6 * together.trace[0])
 
 
+@pytest.mark.slow
 def test_more_starts_find_the_best_of_all_roundings_more_often():
     every = all_roundings(NUM_INPUTS)
     found = {1: 0, 12: 0}
@@ -748,6 +758,7 @@ def test_more_starts_find_the_best_of_all_roundings_more_often():
     assert found[12] > found[1]
 
 
+@pytest.mark.slow
 def test_the_path_is_no_worse_than_each_weight_solved_alone():
     weights = np.float32([0.0, 0.01, 0.1, 1.0, 10.0])
     unit = random_problem(2, "relu", 1.0)

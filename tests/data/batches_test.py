@@ -21,11 +21,13 @@ augment = jax.jit(batches.augment, static_argnames=("pad", "flip", "cutout"))
 SIZES = [(12, 4), (13, 4), (3, 5), (1, 1), (7, 1)]
 
 
+@pytest.mark.slow
 def test_docstring_examples_are_true():
     result = doctest.testmod(batches)
     assert result.attempted and not result.failed
 
 
+@pytest.mark.slow
 def test_to_float_is_in_the_unit_interval_and_reversible():
     stored = jnp.arange(256, dtype=jnp.uint8)
     for function in (batches.to_float, jax.jit(batches.to_float)):
@@ -39,6 +41,7 @@ def test_to_float_is_in_the_unit_interval_and_reversible():
 # --- indices ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_examples", "batch_size"), SIZES[1:4])
 def test_an_epoch_is_a_shuffle_cut_into_equal_batches(num_examples, batch_size):
     indices = np.asarray(batches.epoch_indices(KEY, 0, num_examples, batch_size))
@@ -48,6 +51,7 @@ def test_an_epoch_is_a_shuffle_cut_into_equal_batches(num_examples, batch_size):
     assert indices.min() >= 0 and indices.max() < num_examples
 
 
+@pytest.mark.slow
 def test_epochs_differ_and_are_repeatable_also_when_traced():
     traced = jax.jit(batches.epoch_indices, static_argnums=(2, 3))
     epochs = [np.asarray(batches.epoch_indices(KEY, n, 100, 10)) for n in range(3)]
@@ -59,6 +63,7 @@ def test_epochs_differ_and_are_repeatable_also_when_traced():
     assert (other != epochs[0]).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_examples_dropped_differ_from_epoch_to_epoch():
     dropped = set()
     draw = jax.jit(batches.epoch_indices, static_argnums=(2, 3))
@@ -68,6 +73,7 @@ def test_the_examples_dropped_differ_from_epoch_to_epoch():
     assert dropped == set(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
 def test_evaluation_counts_every_example_exactly_once(num_examples, batch_size):
     indices, mask = batches.evaluation_batches(num_examples, batch_size)
@@ -100,6 +106,7 @@ def test_impossible_requests_are_refused_in_one_line(call):
 # --- the subset of the defender ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.001, 0.333, 1.0])
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_subset_is_sorted_without_repeats_and_of_the_size_asked(fraction, stratified):
@@ -111,6 +118,7 @@ def test_a_subset_is_sorted_without_repeats_and_of_the_size_asked(fraction, stra
     np.testing.assert_array_equal(rows, again)
 
 
+@pytest.mark.slow
 def test_a_stratified_subset_has_the_proportions_of_the_whole():
     draw = np.random.default_rng(0)
     balanced = draw.permutation(np.repeat(np.arange(10), 100)).astype(np.int32)
@@ -122,6 +130,7 @@ def test_a_stratified_subset_has_the_proportions_of_the_whole():
     assert np.bincount(uneven[rows]).tolist() == [70, 20, 9, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stratified", [False, True])
 def test_every_example_is_as_likely_to_be_chosen(stratified):
     """Over 400 keys each of 40 examples is drawn 100 times, give or take 5 sigma."""
@@ -151,6 +160,7 @@ def images_of(dtype, num=500, height=6, width=8) -> np.ndarray:
     return images / dtype(255) if dtype == np.float32 else images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "flip"), [(np.uint8, False), (np.uint8, True), (np.float32, True)]
 )
@@ -178,6 +188,7 @@ def test_each_image_is_one_crop_and_all_crops_occur(dtype, flip):
     assert not flip or abs(flipped - 250) < 5 * np.sqrt(125)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutout", [2, 20])
 def test_cutout_is_one_square_clipped_at_the_borders(cutout):
     images = images_of(np.uint8)
@@ -201,6 +212,7 @@ def test_cutout_is_one_square_clipped_at_the_borders(cutout):
     assert holes == expected
 
 
+@pytest.mark.slow
 def test_switching_one_kind_off_leaves_the_others_as_they_were():
     images = jnp.asarray(images_of(np.uint8))
     both = np.asarray(augment(KEY, images, pad=2, flip=True))
@@ -213,6 +225,7 @@ def test_switching_one_kind_off_leaves_the_others_as_they_were():
     assert (holed != both).any((1, 2, 3)).mean() > 0.7  # Others fell on padding.
 
 
+@pytest.mark.slow
 def test_nothing_asked_nothing_changed_and_keys_matter():
     images = jnp.asarray(images_of(np.uint8))
     plain = augment(KEY, images, pad=0, flip=False)
@@ -224,6 +237,7 @@ def test_nothing_asked_nothing_changed_and_keys_matter():
     assert (one != other).any()
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_number_of_copies_of_each_pixel():
     images = jnp.asarray(images_of(np.float32, num=4))
 

@@ -59,6 +59,7 @@ def expected_image(record: bytes) -> np.ndarray:
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar"])
 def test_cifar_survives_the_round_trip_without_loss(tmp_path, capsys, suffix):
     members = cifar_members()
@@ -261,6 +262,7 @@ def test_prepared_data_are_never_overwritten(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_is_light_and_importing_defines_no_flag():
     code = (
         "import sys; from absl import flags; before = set(flags.FLAGS);"

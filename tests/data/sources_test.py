@@ -182,6 +182,7 @@ def test_digits_size():
         sources.load("digits", split="test", image_size=20)
 
 
+@pytest.mark.slow
 def test_digits_import_neither_sklearn_nor_tfds():
     code = (
         "import sys; from nad_jax.data import sources;"

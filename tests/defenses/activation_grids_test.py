@@ -18,6 +18,7 @@ def measured(grid, bits):
     return float(params.scale.squeeze()), int(params.zero_point.squeeze())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "bits", "scale", "zero_point"),
     # Range -1 to 3 in 255 or 15 steps; a quarter of them lies below zero.
@@ -27,6 +28,7 @@ def test_extremes_are_those_of_all_values(preset, bits, scale, zero_point):
     assert measured(grids.GRIDS[preset], bits) == (pytest.approx(scale), zero_point)
 
 
+@pytest.mark.slow
 def test_ranges_of_batches_are_averaged():
     """0.75 * [-1, 1] + 0.25 * [0, 3], up to the ends of the uniform values."""
     grid = grids.Grid(act_range_method="minmax", act_ema=0.75)
@@ -35,6 +37,7 @@ def test_ranges_of_batches_are_averaged():
     assert zero_point == round(0.75 / scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "top"), [("fbgemm", 127), ("qnnpack", 255)])
 def test_pytorch_searches_256_codes_and_fbgemm_uses_half_of_them(preset, top):
     scale, zero_point = measured(grids.GRIDS[f"pytorch_{preset}"], 8)
@@ -49,6 +52,7 @@ def test_pytorch_searches_256_codes_and_fbgemm_uses_half_of_them(preset, top):
     assert float(params.scale) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_percentile_cuts_both_ends():
     grid = grids.Grid(act_range_method="percentile", act_percentile=90.0, act_ema=None)
     inputs = jnp.linspace(-1.0, 1.0, 32 * 25).reshape(32, 25)

@@ -90,6 +90,7 @@ def test_every_layer_has_a_tail(block):
     assert set(block[1]) == set(TAILS)
 
 
+@pytest.mark.slow
 def test_tails_work_under_jit_and_have_gradients(block):
     variables, tails = block
     outputs = jnp.asarray(
@@ -112,6 +113,7 @@ class Twice(nn.Module):
         return jnp.tanh(shared(first)).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_relu", [True, False])
 def test_the_tail_of_a_layer_called_twice_is_that_of_its_first_call(first_relu):
     """The inputs that are kept are those of the first call."""

@@ -194,6 +194,7 @@ def test_one_gradient_step_follows_the_objective(form, name):
     )
 
 
+@pytest.mark.slow
 def test_the_first_step_of_adam_has_the_sign_of_the_gradient():
     task = make_task("dense")
     before, after = run(task, SETTINGS, optax.adam(0.01))
@@ -242,6 +243,7 @@ def many_steps():
     return task, settings, *run(task, settings, optax.adam(0.03))
 
 
+@pytest.mark.slow
 def test_many_steps_lower_the_soft_objective(many_steps):
     task, _, before, after = many_steps
     oracle = Oracle(task, with_tail=False)
@@ -249,6 +251,7 @@ def test_many_steps_lower_the_soft_objective(many_steps):
     assert losses[1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_what_is_reported_is_measured_on_outputs(many_steps):
     task, settings, _, after = many_steps
     hard, details = adam_rounding.solve(task, settings)

@@ -31,6 +31,7 @@ def test_scales_keep_their_axes_of_size_one():
     assert common_sizes.trim(np.ones((1, 1)), (3, 3, 5, 70)).shape == (1, 1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("range_method", ["absmax", "mse", "percentile", "aciq"])
 @pytest.mark.parametrize("channel_axis", [None, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -56,6 +57,7 @@ def test_padding_moves_no_grid_and_no_code(symmetric, channel_axis, range_method
     assert int(placement.free.sum()) <= kernel.size
 
 
+@pytest.mark.slow
 def test_padding_moves_no_flip():
     """The solver finds the same rounding with and without padding."""
     generator = np.random.default_rng(2)

@@ -189,6 +189,7 @@ def quantized(request, name, method):
 # ---- what every method returns ----
 
 
+@pytest.mark.slow
 @EACH
 def test_only_kernels_change_and_they_are_codes_times_scale_to_the_bit(quantized):
     case, result, _ = quantized
@@ -242,6 +243,7 @@ def test_reports_follow_the_forward_pass(quantized, method):
             assert np.all(np.diff(report.trace) < 0)
 
 
+@pytest.mark.slow
 @EACH
 def test_quantizing_again_gives_the_same_codes_and_changes_no_input(quantized, method):
     case, result, _ = quantized
@@ -254,6 +256,7 @@ def test_quantizing_again_gives_the_same_codes_and_changes_no_input(quantized, m
 # ---- roundings that look at no images ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bits"),
     [("convolutional", 4), ("dense", 2), ("dense", 4), ("dense", 5)],
@@ -271,6 +274,7 @@ def test_nearest_is_numpy_rounding_on_the_absmax_grid(request, name, bits):
         assert result.layers[name].flip_rate == 0
 
 
+@pytest.mark.slow
 def test_another_grid_is_used_as_given_but_for_its_bits(dense):
     """Affine, one scale for the whole tensor."""
     spec = quantization.QuantSpec(8, False, None, "minmax")
@@ -302,6 +306,7 @@ def test_flipped_leaves_only_weights_that_have_no_choice_at_nearest(case):
         assert stays.mean() < 0.5
 
 
+@pytest.mark.slow
 def test_stochastic_depends_on_the_key_alone(dense):
     key = jax.random.key(5)
     first, again = (dense.fresh("stochastic", key=key) for _ in range(2))
@@ -317,6 +322,7 @@ def test_stochastic_depends_on_the_key_alone(dense):
 # ---- coordinate ----
 
 
+@pytest.mark.slow
 def test_the_objective_without_flip_price_is_the_error_of_a_forward_pass(case):
     result = case.quantize("coordinate", flip_weight=0.0)
     errors_of = case.output_errors(result.variables)
@@ -402,6 +408,7 @@ def with_activations(dense):
     }
 
 
+@pytest.mark.slow
 def test_fewer_activation_bits_mean_a_larger_error(dense, with_activations):
     wanted = dense.outputs(dense.variables)["third"]
     missed = []
@@ -421,6 +428,7 @@ def test_apply_is_the_same_under_jit(dense, with_activations):
     )
 
 
+@pytest.mark.slow
 def test_a_module_jitted_before_does_not_lose_its_activation_grids(dense):
     """A compiled module that is called again sees no interceptor."""
     result = dense.quantize("nearest", act_bits=2, weight_bits=8)
@@ -481,6 +489,7 @@ def test_reconstruction_sees_activations_as_the_quantized_module_feeds_them(dens
 # ---- controls, starts, prices ----
 
 
+@pytest.mark.slow
 def test_floor_and_ceil_take_the_neighbour_they_say(dense):
     floor, ceil = dense.quantize("floor"), dense.quantize("ceil")
     for name in dense.layers:
@@ -491,6 +500,7 @@ def test_floor_and_ceil_take_the_neighbour_they_say(dense):
         np.testing.assert_array_equal(floor.codes[name][~free], np.round(steps)[~free])
 
 
+@pytest.mark.slow
 def test_flips_come_at_the_rate_of_each_layer(dense):
     shares = {"first": 0.2, "second": 0.0, "third": 0.8}
     result = dense.fresh("top_error", strength=shares)
@@ -501,6 +511,7 @@ def test_flips_come_at_the_rate_of_each_layer(dense):
     assert by_chance.layers["third"].flip_rate > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["noise", "counter_shift"])
 def test_weights_moved_before_nearest_are_codes_on_the_same_grid(dense, method):
     result, nearest = dense.quantize(method), dense.quantize("nearest")
@@ -515,6 +526,7 @@ def test_weights_moved_before_nearest_are_codes_on_the_same_grid(dense, method):
     assert 0.1 < result.flip_rate < 0.9
 
 
+@pytest.mark.slow
 def test_feedback_lowers_the_output_error_in_one_pass(dense):
     result = dense.quantize("feedback")
     report = result.layers["first"]
@@ -524,6 +536,7 @@ def test_feedback_lowers_the_output_error_in_one_pass(dense):
     assert report.objective == pytest.approx(measured, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_more_starts_never_end_higher(dense):
     one = dense.quantize("coordinate")
     more = dense.quantize("coordinate", starts=("nearest", "feedback", "flipped"))
@@ -533,6 +546,7 @@ def test_more_starts_never_end_higher(dense):
     assert best.objective_nearest == pytest.approx(first.objective_nearest, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["element", "neuron"])
 def test_a_price_in_steps_does_not_see_the_scale_of_a_layer(form):
     """Weights by 8 and inputs by 1/2: the same codes. Not so in weight units."""
@@ -567,6 +581,7 @@ def test_first_and_last_layer_have_bits_of_their_own(dense):
         assert np.abs(result.codes[name]).max() == 2 ** (bits - 1) - 1
 
 
+@pytest.mark.slow
 def test_inputs_of_the_first_and_the_last_layer_have_their_bits_too(dense):
     result = dense.quantize("nearest", act_bits=4, grid="efrap_reference")
     widths = [result.act_specs[name].bits for name in dense.layers]
@@ -576,6 +591,7 @@ def test_inputs_of_the_first_and_the_last_layer_have_their_bits_too(dense):
     assert dense.quantize("nearest", act_bits=4).act_spec.bits == 4
 
 
+@pytest.mark.slow
 def test_a_grid_by_name_gives_that_grid(dense):
     """ONNX Runtime's: one scale per layer, all 16 codes of int4."""
     result = dense.quantize("nearest", grid="onnxruntime")
@@ -588,6 +604,7 @@ def test_a_grid_by_name_gives_that_grid(dense):
         np.testing.assert_array_equal(result.codes[name][inside], codes[inside])
 
 
+@pytest.mark.slow
 def test_percentile_grids_see_no_padding(dense):
     spec = quantization.QuantSpec(range_method="percentile", percentile=75.0)
     result = dense.quantize("nearest", spec=spec)
@@ -656,6 +673,7 @@ def fold(where):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["nowhere", "added", "second output"])
 def test_a_layer_whose_output_is_used_elsewhere_keeps_its_batch_norm(where):
     plain, folded = fold(where)
@@ -816,6 +834,7 @@ class Step(nn.Module):
         return nn.Dense(3, name="dense")(carry), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["remat", "jit", "scan"])
 def test_a_module_with_lifted_layers_is_refused_in_one_line(transform):
     """A jitted block that has run hides its layer: float weights, silently."""
@@ -857,6 +876,7 @@ def test_an_exception_of_on_layer_ends_the_run(case, method):
     assert seen == case.layers[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"act_bits": 4}])
 @pytest.mark.parametrize("method", ["coordinate", "adam"])
 def test_a_call_cut_short_after_any_layer_goes_on_to_the_same_bits(

@@ -46,6 +46,7 @@ def test_held_out_images_are_needed():
         _choose(0.0, validation=INPUTS[:0], labels=LABELS[:0])
 
 
+@pytest.mark.slow
 def test_what_was_cut_stays_cut(victim, clean_data, tuning):
     pruning = settings.FinePruningSettings(max_accuracy_drop=1.0)
     result = fine_pruning.run(victim, clean_data, tuning, pruning, key=KEY)

@@ -24,6 +24,7 @@ def tuned(victim, clean_data, tuning):
     return fine_tuning.run(victim, clean_data, tuning, key=KEY)
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_clean_images_teach(victim, clean_data, tuning):
     longer = _replace_training(tuning, epochs=15, learning_rate=0.1)
     result = fine_tuning.run(victim, clean_data, longer, key=KEY)
@@ -33,6 +34,7 @@ def test_it_learns_what_the_clean_images_teach(victim, clean_data, tuning):
     assert [entry["epoch"] for entry in result.history] == list(range(1, 16))
 
 
+@pytest.mark.slow
 def test_the_key_decides_everything(victim, clean_data, tuning, tuned, assert_same):
     again = fine_tuning.run(victim, clean_data, tuning, key=KEY)
     assert_same(again.variables, tuned.variables)
@@ -41,6 +43,7 @@ def test_the_key_decides_everything(victim, clean_data, tuning, tuned, assert_sa
     assert not np.array_equal(_leaf(other, kernel), _leaf(tuned, kernel))
 
 
+@pytest.mark.slow
 def test_held_out_images_do_not_matter_without_patience(
     victim, clean_data, tuning, tuned, assert_same
 ):
@@ -51,6 +54,7 @@ def test_held_out_images_do_not_matter_without_patience(
     assert_same(result.variables, tuned.variables)
 
 
+@pytest.mark.slow
 def test_patience_returns_the_epoch_after_which_nothing_rose(
     victim, clean_data, tuning, assert_same
 ):
@@ -76,6 +80,7 @@ def test_patience_needs_held_out_images(victim, clean_data, tuning):
         fine_tuning.run(victim, none, patient, key=KEY)
 
 
+@pytest.mark.slow
 def test_a_sharpness_radius_changes_the_result(victim, clean_data, tuning, tuned):
     sam = dataclasses.replace(tuning, sharpness_radius=0.1)
     result = fine_tuning.run(victim, clean_data, sam, key=KEY)
@@ -117,6 +122,7 @@ def test_an_interrupted_training_remembers_its_patience(
     assert result.history == expected.history and len(result.history) == 4
 
 
+@pytest.mark.slow
 def test_clean_indices_are_disjoint_stratified_and_seeded():
     labels = np.repeat(np.arange(10), 40).astype(np.int32)
     draw = dict(fraction=0.25, validation_fraction=0.2)
@@ -131,6 +137,7 @@ def test_clean_indices_are_disjoint_stratified_and_seeded():
     assert not np.array_equal(other, rows)
 
 
+@pytest.mark.slow
 def test_no_validation_fraction_holds_nothing_out():
     labels = np.zeros(20, np.int32)
     rows, held_out = base.clean_indices(

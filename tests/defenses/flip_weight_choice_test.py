@@ -39,6 +39,7 @@ def choice():
     return choose()
 
 
+@pytest.mark.slow
 def test_the_rule_on_disagreements_measured_apart(choice):
     """Last candidate before the first that costs more than the tolerance."""
     seen, unseen = IMAGES[:200], IMAGES[200:]
@@ -65,6 +66,7 @@ def test_no_trigger_is_ever_stamped(monkeypatch, choice):
     assert choose() == choice
 
 
+@pytest.mark.slow
 def test_more_tolerance_never_chooses_less(choice):
     assert choose(tolerance=1.0).flip_weight == CANDIDATES[-1]
     assert choose(tolerance=0.0).flip_weight <= choice.flip_weight

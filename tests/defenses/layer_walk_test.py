@@ -132,6 +132,7 @@ def visits(net):
     return seen
 
 
+@pytest.mark.slow
 def test_each_layer_is_visited_once_in_forward_order(visits):
     assert [name for name, _, _ in visits] == LAYERS
 
@@ -155,6 +156,7 @@ def test_float_inputs_are_those_of_a_plain_forward_pass(net, visits):
         )
 
 
+@pytest.mark.slow
 def test_inputs_are_those_of_the_network_quantized_so_far(net, visits):
     module, variables, images, found = net
     params = variables["params"]
@@ -210,6 +212,7 @@ class Mixes(nn.Module):
         return nn.Dense(2, name="second")(x)
 
 
+@pytest.mark.slow
 def test_both_passes_run_with_the_settings_of_the_caller():
     """JAX's context managers hold for one thread; the float pass is in another."""
     module, inputs = Mixes(), jnp.ones((2, 3))
@@ -246,6 +249,7 @@ def twice():
     )
 
 
+@pytest.mark.slow
 def test_a_layer_called_twice_is_visited_once_and_keeps_its_kernel(twice):
     _, variables, images, found = twice
     assert found[0].calls == 2

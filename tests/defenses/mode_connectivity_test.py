@@ -37,6 +37,7 @@ def _run(victim, clean_data, tuning, other_variables, position, tolerance=0.0):
     ).variables
 
 
+@pytest.mark.slow
 def test_the_curve_by_hand():
     start, bend, end = (jnp.asarray(value) for value in (1.0, 10.0, 3.0))
     for position, expected in ((0.0, 1.0), (0.5, 6.0), (1.0, 3.0), (0.1, 2.64)):
@@ -44,6 +45,7 @@ def test_the_curve_by_hand():
         np.testing.assert_allclose(point, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_ends_are_the_two_nets(
     victim, clean_data, plain, other_variables, assert_same
 ):
@@ -52,6 +54,7 @@ def test_the_ends_are_the_two_nets(
         assert_same(result["params"], expected["params"])
 
 
+@pytest.mark.slow
 def test_in_between_the_bend_was_trained(victim, clean_data, plain, other_variables):
     result = _run(victim, clean_data, plain, other_variables, 0.5)["params"]
     straight = jax.tree.map(
@@ -61,6 +64,7 @@ def test_in_between_the_bend_was_trained(victim, clean_data, plain, other_variab
     assert gap > 1e-3
 
 
+@pytest.mark.slow
 def test_statistics_belong_to_the_point(victim, clean_data, plain, other_variables):
     """Mean and variance of what the BatchNorm sees with these very weights."""
     result = _run(victim, clean_data, plain, other_variables, 0.3)
@@ -74,6 +78,7 @@ def test_statistics_belong_to_the_point(victim, clean_data, plain, other_variabl
     np.testing.assert_allclose(stats["var"], inputs.var((0, 1, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_held_out_accuracy_decides_how_far_to_go(
     victim, clean_data, plain, other_variables, assert_same
 ):

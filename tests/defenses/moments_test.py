@@ -48,6 +48,7 @@ def assert_moments(got, expected):
         np.testing.assert_allclose(moment, value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bytes_alive", [64 * 2**20, 300])
 def test_moments_of_a_grouped_convolution_in_one_chunk_and_in_many(
     monkeypatch, bytes_alive
@@ -77,6 +78,7 @@ def test_moments_of_a_grouped_convolution_in_one_chunk_and_in_many(
     np.testing.assert_array_equal(got.count, [24, 24])
 
 
+@pytest.mark.slow
 def test_equal_inputs_have_no_drift():
     inputs = normal((5, 2, 3), 0)
     got = moments_lib.Collector().collect(DENSE, normal((3, 4), 1), inputs, inputs)
@@ -99,6 +101,7 @@ def gram_flags(monkeypatch):
     return flags
 
 
+@pytest.mark.slow
 def test_layers_fed_by_the_same_tensor_share_its_gram_but_not_their_drift(gram_flags):
     collector = moments_lib.Collector()
     inputs, float_inputs = normal((1, 5, 3), 0), normal((1, 5, 3), 1)
@@ -113,6 +116,7 @@ def test_layers_fed_by_the_same_tensor_share_its_gram_but_not_their_drift(gram_f
     assert gram_flags == [True, False, False]
 
 
+@pytest.mark.slow
 def test_another_tensor_or_another_window_has_its_own_gram(gram_flags):
     collector = moments_lib.Collector()
     inputs, kernel = normal((1, 7, 4), 0), normal((2, 2, 6), 1)
@@ -144,6 +148,7 @@ def test_a_result_is_remembered_for_the_same_arrays_and_equal_numbers():
     assert double(x, 2.0) is not first
 
 
+@pytest.mark.slow
 def test_half_precision_inputs_are_summed_in_float32():
     """Sums of 4096 ones in bfloat16 stop at 256."""
     inputs = jnp.ones((4096, 3), jnp.bfloat16)
@@ -154,6 +159,7 @@ def test_half_precision_inputs_are_summed_in_float32():
     assert got.drift.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 3])
 def test_per_group_is_the_function_of_each_group(groups):
     matrices, vectors = normal((groups, 2, 3), 0), normal((groups, 3), 1)

@@ -62,6 +62,7 @@ def test_a_mesh_shares_members_evenly():
     assert members.member_mesh(3) is None
 
 
+@pytest.mark.slow
 def test_mistakes_are_named(victim, students, clean_data, tuning):
     def run(students, tuning=tuning, **options):
         nad_sweep.run(victim.model, students, clean_data, tuning, **options)

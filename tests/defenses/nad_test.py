@@ -50,6 +50,7 @@ def _numpy_distance(student, teacher):
     return np.mean((attention(student) - attention(teacher)) ** 2)
 
 
+@pytest.mark.slow
 def test_all_betas_zero_is_fine_tuning_bit_for_bit(
     victim, teacher, clean_data, tuning, assert_same
 ):
@@ -59,6 +60,7 @@ def test_all_betas_zero_is_fine_tuning_bit_for_bit(
     assert_same(distilled.variables, tuned.variables)
 
 
+@pytest.mark.slow
 def test_the_term_is_that_of_the_reference(victim, teacher, batch, loss_of):
     """Student features in training mode, teacher features in evaluation mode."""
     _, (_, metrics) = jax.jit(loss_of)(victim.variables["params"], teacher.variables)
@@ -79,6 +81,7 @@ def test_the_loss_is_the_sum_of_its_terms(victim, teacher, loss_of):
     np.testing.assert_allclose(loss, total, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_teacher_gets_no_gradient_and_the_student_does(victim, teacher, loss_of):
     def distillation(params, teacher_variables):
         return loss_of(params, teacher_variables)[1][1]["distillation_loss"]
@@ -91,6 +94,7 @@ def test_the_teacher_gets_no_gradient_and_the_student_does(victim, teacher, loss
         assert np.abs(of_student[layer]["kernel"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_step_on_the_attention_term_brings_the_maps_together(
     victim, teacher, loss_of
 ):
@@ -119,6 +123,7 @@ def test_a_step_runs_each_net_once(victim, teacher, loss_of):
     assert sorted(modes) == [False, True]
 
 
+@pytest.mark.slow
 def test_the_student_moves_towards_the_teacher(victim, teacher, clean_data, tuning):
     """And ends nearer to it than fine-tuning does, with the same batches."""
     images = batches.to_float(jnp.asarray(clean_data.images))
@@ -134,6 +139,7 @@ def test_the_student_moves_towards_the_teacher(victim, teacher, clean_data, tuni
     assert distance(distilled) < 0.5 * distance(tuned)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_a_fine_tuned_victim(victim, clean_data, tuning, assert_same):
     own = settings.NadSettings(BETAS, teacher_epochs=1)
     made = nad.make_teacher(victim, clean_data, tuning, epochs=1, key=KEY)
@@ -190,6 +196,7 @@ class _Pooled(nn.Module):
         return pooled[:, 0, 0], features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
@@ -232,6 +239,7 @@ def _captured(stages):
     )
 
 
+@pytest.mark.slow
 def test_a_foreign_module_is_distilled_at_any_submodule(
     victim, teacher, clean_data, tuning
 ):

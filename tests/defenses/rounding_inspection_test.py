@@ -49,6 +49,7 @@ def look(change=lambda kernel, scale: kernel, **arguments):
     return rounding_inspection.inspect(Net(), variables(change), IMAGES, **arguments)
 
 
+@pytest.mark.slow
 def test_untouched_weights_have_as_many_ties_as_they_should():
     found = look()
     assert found.tie_ratio == pytest.approx(1.0, abs=0.25)
@@ -72,6 +73,7 @@ def test_near_ties_are_counted_as_numpy_counts_them():
     assert layer.outlier_ratio == pytest.approx(ratios.max(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_at_the_edges_of_their_cells_are_found_on_that_grid_only():
     assert look(to_the_edge).tie_ratio > 2
     assert look(to_the_edge).score > 1
@@ -83,6 +85,7 @@ def test_an_outlier_is_found_though_no_tie_is():
     assert found.outlier_ratio > rounding_inspection.OUTLIER_LIMIT and found.score > 1
 
 
+@pytest.mark.slow
 def test_the_drift_is_that_of_the_rounded_model():
     found = look(weight_bits=2)
     net = variables()

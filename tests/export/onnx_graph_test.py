@@ -151,6 +151,7 @@ def _quantized(net, spec):
     return variables, {"codes": codes, "quant_params": grids, "specs": specs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn_10_1", "resnet_8", "preact_resnet_18"])
 def test_convolutional_models_keep_their_logits(name):
     module = models.build(name, num_classes=10, width=0.25)
@@ -163,6 +164,7 @@ def test_convolutional_models_keep_their_logits(name):
     assert _counts(model)["Transpose"] == 1
 
 
+@pytest.mark.slow
 def test_the_transformer_keeps_its_logits():
     module = models.build("vit_tiny", num_classes=10, depth=2, dim=24)
     variables = _variables(module, (8, 8, 3))
@@ -186,6 +188,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_convolution():
     class All(nn.Module):
         @nn.compact
@@ -198,6 +201,7 @@ def test_every_kind_of_convolution():
     _assert_parity(All(), (9, 7, 4))
 
 
+@pytest.mark.slow
 def test_a_users_network_with_other_operations():
     class Users(nn.Module):
         """Pooling, a gate over channels, GroupNorm, attention, a class token."""
@@ -224,6 +228,7 @@ def test_a_users_network_with_other_operations():
         _assert_parity(Users(), (8, 8, 3))
 
 
+@pytest.mark.slow
 def test_blocks_under_jit_and_remat_and_a_layer_called_twice():
     class Block(nn.Module):
         @nn.compact
@@ -242,6 +247,7 @@ def test_blocks_under_jit_and_remat_and_a_layer_called_twice():
     assert _assert_parity(Outer(), (4, 4, 3)) == first
 
 
+@pytest.mark.slow
 def test_flattening_keeps_the_order_of_channels():
     class Flat(nn.Module):
         @nn.compact
@@ -254,6 +260,7 @@ def test_flattening_keeps_the_order_of_channels():
     _assert_parity(Flat(), (4, 5, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_the_batch_size_is_free(net, batch):
     module, variables, layers = net
@@ -265,6 +272,7 @@ def test_the_batch_size_is_free(net, batch):
     _assert_close(_run(model, images[:batch]), expected)
 
 
+@pytest.mark.slow
 def test_folded_batch_norm_is_a_bias_and_nothing_else(net):
     module, variables, layers = net
     counts = _counts(onnx_graph.to_onnx(module, variables, (8, 8, 3)))
@@ -422,6 +430,7 @@ def test_a_runtime_can_fuse(calibrated, tmp_path):
     assert counts["QLinearConv"] == 1, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 7])
 def test_narrow_activations_are_clipped(net, bits):
     module, _, layers = net
@@ -469,6 +478,7 @@ def test_layers_with_the_same_input_share_its_quantizer():
     assert _counts(model)["QuantizeLinear"] == 1
 
 
+@pytest.mark.slow
 def test_metadata_and_versions_are_stored(net):
     module, variables, _ = net
     model = onnx_graph.to_onnx(
@@ -501,6 +511,7 @@ def test_an_unknown_operation_is_named():
     _one_line(error)
 
 
+@pytest.mark.slow
 def test_other_types_are_refused():
     module = models.build("wrn_10_1", num_classes=3, width=0.25, dtype=jnp.bfloat16)
     variables = _variables(module, (8, 8, 3))
@@ -509,6 +520,7 @@ def test_other_types_are_refused():
     _one_line(error)
 
 
+@pytest.mark.slow
 def test_wrong_codes_are_refused(net):
     module, variables, layers = net
     spec = quantization.QuantSpec(4)

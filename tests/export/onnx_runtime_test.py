@@ -74,6 +74,7 @@ def _assert_close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_logits_from_a_file_in_batches(variables, tmp_path):
     model = onnx_graph.to_onnx(Net(), variables, (8, 8, 3), metadata={"key": "text"})
     onnx.save_model(model, tmp_path / "model.onnx")
@@ -84,6 +85,7 @@ def test_logits_from_a_file_in_batches(variables, tmp_path):
         _assert_close(session.logits(IMAGES, batch_size), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_with_narrow_kernels_are_not_approximated(variables, bits):
     """What ONNX Runtime computes by default is off by thousandths with 4 bits."""

@@ -46,6 +46,7 @@ def _program(result, codes):
     )
 
 
+@pytest.mark.slow
 def test_a_reloaded_program_agrees_at_any_batch_size(quantized):
     result, images = quantized
     run = stablehlo.load(_program(result, result.codes))
@@ -55,6 +56,7 @@ def test_a_reloaded_program_agrees_at_any_batch_size(quantized):
     assert np.ptp(wanted) > 1e-2
 
 
+@pytest.mark.slow
 def test_other_integers_are_another_program(quantized):
     result, images = quantized
     codes = {**result.codes, "Dense_0": -result.codes["Dense_0"]}

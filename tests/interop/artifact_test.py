@@ -43,6 +43,7 @@ def _artifact(result):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_what_was_written_is_what_is_read(tmp_path, act_bits):
     result, images = _quantized(act_bits)

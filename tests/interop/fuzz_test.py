@@ -24,6 +24,7 @@ def assert_clean(report: dict) -> None:
         assert counts["rejected"] > 0.3 * report["cases"] / 4, name
 
 
+@pytest.mark.slow
 def test_a_thousand_mutants():
     assert_clean(fuzz.fuzz(SEED, 1000))
 

@@ -41,12 +41,14 @@ def test_refused_in_one_line_for_the_right_reason(path: Path, case: Case):
     assert seconds < SECONDS
 
 
+@pytest.mark.slow
 def test_there_are_enough_of_them_and_all_differ():
     assert len(hostile.CASES) >= 150
     assert len({case.name for case in hostile.CASES}) == len(hostile.CASES)
     assert len({case.make() for case in QUICK}) == len(QUICK)
 
 
+@pytest.mark.slow
 def test_what_a_file_declares_is_not_allocated(path: Path):
     """A few hundred bytes never cost more than a few megabytes."""
     for case in QUICK:

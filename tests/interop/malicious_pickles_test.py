@@ -123,6 +123,7 @@ def _fire(folder: str) -> None:
     print(json.dumps([name for name, path in paths.items() if os.path.exists(path)]))
 
 
+@pytest.mark.slow
 def test_the_live_attacks_do_work_on_the_stdlib(tmp_path):
     """Otherwise the absence of canaries above would prove nothing."""
     done = subprocess.run(

@@ -202,6 +202,7 @@ FORWARD: dict[str, Case] = {
 APPLY = jax.jit(lambda model, *inputs: model.apply(*inputs), static_argnums=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FORWARD)
 def test_logits_are_those_of_pytorch(case):
     arch, make, logits = FORWARD[case]
@@ -377,6 +378,7 @@ def test_the_first_few_of_each_kind_are_named():
     assert "'odd4'" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "net", "fits"),
     [

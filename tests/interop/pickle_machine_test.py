@@ -67,6 +67,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(tree=trees, protocol=st.integers(2, 5))
 def test_plain_data_reads_as_the_stdlib_wrote_it(file, tree, protocol):

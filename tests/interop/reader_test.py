@@ -46,6 +46,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, format_name):
         refusal(path)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_zip_storage_is_noticed(tmp_path):
     """Zip alone of the formats carries checksums, and they are verified."""
     data, _ = good.zip_sample()
@@ -141,6 +142,7 @@ def test_large_arrays_are_scanned_for_nan_to_the_end(tmp_path):
     assert "'w' holds 2 NaN or infinite values of 600000" in refusal(path)
 
 
+@pytest.mark.slow
 def test_reading_needs_no_torch_no_flax_and_no_other_reader():
     code = "import sys, nad_jax.interop.reader; print(*sys.modules)"
     done = subprocess.run(

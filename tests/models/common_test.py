@@ -42,6 +42,7 @@ def _norm_variables(*, scale, bias, mean, var):
     }
 
 
+@pytest.mark.slow
 def test_batch_norm_moves_its_statistics_a_tenth_of_the_way():
     """New running value = 0.9 old + 0.1 batch, with the biased variance."""
     x = np.random.default_rng(0).normal(2.0, 3.0, size=(4, 3, 3, 2)).astype(np.float32)
@@ -82,6 +83,7 @@ def test_norms_compute_in_float32_and_return_the_dtype_they_were_given():
         np.testing.assert_allclose(np.float32(y).ravel(), expected, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_batch_norm_over_a_named_axis_sees_the_whole_batch():
     """Four mapped shards with an axis name update as the undivided batch does."""
     x = np.random.default_rng(0).normal(size=(8, 2, 2, 3)).astype(np.float32)
@@ -122,6 +124,7 @@ def _counting_compilations():
     counts["on"] = False
 
 
+@pytest.mark.slow
 def test_init_compiles_nothing():
     """Its speed: shapes come from a trace, values from NumPy."""
     model = models.build("wrn_10_1", num_classes=7, width=0.3)
@@ -134,6 +137,7 @@ def test_init_compiles_nothing():
         assert counts["compilations"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_14", "vit_tiny"])
 def test_init_has_the_structure_shapes_and_dtypes_of_flax_init(name):
     model = models.build(name, num_classes=10, width=0.5)
@@ -146,6 +150,7 @@ def test_init_has_the_structure_shapes_and_dtypes_of_flax_init(name):
     )
 
 
+@pytest.mark.slow
 def test_init_statistics_are_those_stated():
     """Kernels: zero mean and He / LeCun deviation; everything else constant."""
     variables = common.init(
@@ -185,6 +190,7 @@ def test_flax_init_draws_kernels_from_the_same_distribution():
     np.testing.assert_allclose(np.std(drawn), common.kernel_std(shape), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_init_depends_on_key_and_path_and_on_nothing_else():
     """ResNet-20 contains ResNet-14's leaves; those get the same values."""
     small = models.build("resnet_14", num_classes=10)

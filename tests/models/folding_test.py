@@ -11,6 +11,7 @@ from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn_10_1", "resnet_8", "preact_resnet_18"])
 def test_a_folded_model_computes_what_it_did(name):
     model = models.build(name, num_classes=10, width=0.25)

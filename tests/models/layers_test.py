@@ -198,6 +198,7 @@ def test_layers_come_in_the_order_of_the_forward_pass_with_their_calls():
     assert all(layer.batch_norm is None for layer in found)
 
 
+@pytest.mark.slow
 def test_apply_kwargs_reach_the_module_and_an_unused_kernel_is_named():
     with pytest.warns(UserWarning, match="kernel body/blocks_1 is left in float"):
         found = find(Net(), apply_kwargs={"halve": False})
@@ -238,6 +239,7 @@ class Normed(nn.Module):
         return norm(name="norm7")(z), z
 
 
+@pytest.mark.slow
 def test_a_batch_norm_belongs_to_the_layer_whose_output_it_alone_takes():
     found = {layer.name: layer for layer in find(Normed())}
     norms = {name: layer.batch_norm for name, layer in found.items()}
@@ -253,6 +255,7 @@ def test_a_batch_norm_belongs_to_the_layer_whose_output_it_alone_takes():
     assert found["direct"].batch_norm_epsilon == 0.25
 
 
+@pytest.mark.slow
 def test_layers_of_a_jitted_block_are_found_although_it_has_run_before():
     """Compiled code is not traced again, so it hides its layers from interceptors."""
 
@@ -428,6 +431,7 @@ def folded(unfolded):
     return jax.jit(lambda v: layers_lib.fold_batch_norm(v, found))(variables)
 
 
+@pytest.mark.slow
 def test_folding_keeps_the_function_and_the_structure(unfolded, folded):
     module, variables, images = unfolded
     assert jax.tree.structure(folded) == jax.tree.structure(variables)

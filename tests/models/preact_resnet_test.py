@@ -9,6 +9,7 @@ from nad_jax import errors
 from nad_jax.models import common, preact_resnet
 
 
+@pytest.mark.slow
 def test_forward_agrees_with_float64_numpy(
     oracle, trained_looking, assert_forward_equal
 ):

@@ -79,6 +79,7 @@ def _size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_importing_the_table_loads_no_flax():
     code = (
         "import sys, nad_jax.models as m; assert m.model_names(); "
@@ -91,6 +92,7 @@ def test_every_name_has_its_shapes_written_down_here():
     assert set(models.model_names()) == set(models.MODELS) == set(STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_and_logits_have_the_promised_shapes(name):
     _, _, logits, features = _traced(name)
@@ -132,6 +134,7 @@ def test_every_batch_norm_hears_of_training_axis_and_constants(name):
         assert (norm.axis_name, norm.momentum, norm.epsilon) == ("devices", 0.9, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn_16_3", "wrn_10_12"])
 def test_any_wide_resnet_of_a_known_depth_is_built(name):
     widen_factor = int(name.split("_")[2])
@@ -164,6 +167,7 @@ def test_impossible_sizes_are_refused(options, message):
         models.build("wrn_16_1", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "width", "stem", "channels"),
     [
@@ -208,6 +212,7 @@ def test_bfloat16_computes_the_stages_and_leaves_state_and_logits_float32(name):
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_only_training_changes_the_batch_statistics():
     model = resnet.ResNet(stage_sizes=(1,), stage_channels=(4,), num_classes=10)
     variables = common.init(model, jax.random.key(0), (8, 8, 3))
@@ -235,6 +240,7 @@ def test_only_training_changes_the_batch_statistics():
     np.testing.assert_allclose(other_logits[0], eval_logits[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_without_batch_norm_trains_with_the_same_call():
     model = models.build("vit_tiny", num_classes=10, width=0.1, depth=1)
     variables = common.init(model, jax.random.key(0), (8, 8, 3))

@@ -20,6 +20,7 @@ def _block(oracle, x, params, stats, *, stride):
     return oracle.relu(x + y)
 
 
+@pytest.mark.slow
 def test_forward_agrees_with_float64_numpy(
     oracle, trained_looking, assert_forward_equal
 ):

@@ -28,6 +28,7 @@ def block():
     return variables, jax.random.normal(jax.random.key(1), (5, 3))
 
 
+@pytest.mark.slow
 def test_biases_and_activation_functions_are_no_sums(block):
     """And an operand that is a layer's input comes with that layer's name."""
     variables, x = block
@@ -46,6 +47,7 @@ def test_biases_and_activation_functions_are_no_sums(block):
     np.testing.assert_allclose(seen["sum0/left"][0], first, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_put_in_place_of_an_operand_is_added(block):
     """Zero in place of both operands leaves the last layer's bias."""
     variables, x = block
@@ -60,6 +62,7 @@ def test_what_is_put_in_place_of_an_operand_is_added(block):
     np.testing.assert_allclose(zeroed(x), np.full((5, 2), 0.25), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, count", [("resnet_8", 3), ("wrn_16_1", 6), ("preact_resnet_18", 8)]
 )

@@ -24,6 +24,7 @@ def _attention(oracle, x, params, heads):
     return oracle.dense(mixed, params["out"])
 
 
+@pytest.mark.slow
 def test_forward_agrees_with_float64_numpy(
     oracle, trained_looking, assert_forward_equal
 ):
@@ -56,6 +57,7 @@ def test_forward_agrees_with_float64_numpy(
     assert_forward_equal(model, variables, images, np.stack(logits), features)
 
 
+@pytest.mark.slow
 def test_width_keeps_the_channels_a_multiple_of_the_heads():
     """96 * 0.4 = 38.4 -> 39 = 3 * 13; a vanishing width leaves one channel a head."""
     for width, dim in ((0.4, 39), (1e-3, 3)):

@@ -69,6 +69,7 @@ def _forward(oracle, variables, images, *, num_layers):
     return oracle.dense(x.mean(axis=(1, 2)), params["fc"]), features
 
 
+@pytest.mark.slow
 def test_forward_agrees_with_float64_numpy(
     oracle, trained_looking, assert_forward_equal
 ):

@@ -220,6 +220,7 @@ def test_a_damaged_file_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert "x.json" in captured.err
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_jax():
     """Checked on this package's own imports; `import nad_jax` itself may load jax."""
     folder = str(pathlib.Path(schema.__file__).parents[1])

@@ -43,6 +43,7 @@ def data_file(directory, step):
     return max(files, key=lambda path: path.stat().st_size)
 
 
+@pytest.mark.slow
 def test_a_train_state_comes_back_bit_for_bit(tmp_path, toy_net, toy_variables):
     """NamedTuples of optax and the typed key included, from shapes alone."""
     tx = optax.chain(optax.clip(1.0), optax.adam(1e-3))
@@ -57,6 +58,7 @@ def test_a_train_state_comes_back_bit_for_bit(tmp_path, toy_net, toy_variables):
     assert type(restored.opt_state) is type(state.opt_state)
 
 
+@pytest.mark.slow
 def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
     tree = {
         "nan": jnp.asarray([jnp.nan, -0.0, jnp.inf, 1e-45]),
@@ -77,6 +79,7 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
     assert metadata == {}
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_are_kept(tmp_path):
     scores = [0.1, np.float32(0.9), 0.2, float("nan"), None]
     for step, score in enumerate(scores):
@@ -205,6 +208,7 @@ def test_no_flipped_bit_or_cut_anywhere_gives_other_values(two_steps, caplog):
     assert noticed > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forged", [[], {}, {"leaves": 3}, {"leaves": {"kernel": 3}}, {"score": "x"}]
 )
@@ -261,6 +265,7 @@ def test_a_killed_writer_loses_no_committed_step(tmp_path, delay):
     assert sorted(map(int, os.listdir(tmp_path))) == [0, last, last + 1]
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_damaged_step(two_steps):
     """The damaged step may be written again; a good one may not be overwritten."""
     path = data_file(two_steps, 2)
@@ -273,6 +278,7 @@ def test_training_goes_on_after_a_damaged_step(two_steps):
     assert_bitwise(checkpoints.restore(two_steps, small_tree())[0], small_tree(2))
 
 
+@pytest.mark.slow
 def test_damage_to_old_steps_does_not_stop_a_save(two_steps):
     for path in [p for p in (two_steps / "1").rglob("*") if p.is_file()]:
         path.write_bytes(b"\xff")
@@ -280,6 +286,7 @@ def test_damage_to_old_steps_does_not_stop_a_save(two_steps):
     assert checkpoints.steps(two_steps) == [2, 3]
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_save_are_ignored_and_then_removed(two_steps):
     """The rename that makes a step appear did not happen."""
     (two_steps / "2").rename(two_steps / "2.orbax-checkpoint-tmp")

@@ -110,6 +110,7 @@ def test_the_description_is_json_and_names_what_matters(monkeypatch):
     assert len(described["devices"]) == jax.device_count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, chosen", [("", None), ("count=3", 3)])
 def test_cpu_devices_are_made_for_the_cores_unless_the_user_chose(flags, chosen):
     """In a child, since devices cannot be added once there are some."""

@@ -63,6 +63,7 @@ def oracle(images, labels, variables, trigger, targets):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_examples", "batch_size"), [(37, 8), (8, 8), (9, 8), (7, 8), (1, 5), (37, 37)]
 )
@@ -84,6 +85,7 @@ def test_every_image_counts_exactly_once(variables, trigger, num_examples, batch
     assert rates == oracle(images, labels, variables, trigger, targets)
 
 
+@pytest.mark.slow
 def test_each_image_may_have_its_own_target(variables, trigger):
     images, labels = dataset(29)
     targets = (labels + 1) % NUM_CLASSES
@@ -100,6 +102,7 @@ def test_each_image_may_have_its_own_target(variables, trigger):
     assert rates["asr_count"] == 29
 
 
+@pytest.mark.slow
 def test_without_a_trigger_only_accuracy_is_counted(variables):
     images, labels = dataset(11)
     rates = evaluation.evaluate(linear, variables, images, labels, batch_size=4)
@@ -107,6 +110,7 @@ def test_without_a_trigger_only_accuracy_is_counted(variables):
     assert rates["asr"] is None and rates["ra"] is None
 
 
+@pytest.mark.slow
 def test_a_model_may_return_features_beside_its_logits(variables):
     images, labels = dataset(11)
     with_features = evaluation.evaluate(
@@ -115,6 +119,7 @@ def test_a_model_may_return_features_beside_its_logits(variables):
     assert with_features == evaluation.evaluate(linear, variables, images, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_one_program_serves_all_batches_and_all_variables(
     monkeypatch, variables, trigger, on_mesh
@@ -147,6 +152,7 @@ def test_one_program_serves_all_batches_and_all_variables(
     assert [program._cache_size() for program in programs] == [1]
 
 
+@pytest.mark.slow
 def test_variables_that_live_on_a_mesh_are_welcome(variables):
     images, labels = dataset(11)
     expected = evaluation.evaluate(linear, variables, images, labels)
@@ -154,6 +160,7 @@ def test_variables_that_live_on_a_mesh_are_welcome(variables):
     assert evaluation.evaluate(linear, spread, images, labels) == expected
 
 
+@pytest.mark.slow
 def test_a_mesh_really_splits_the_images(variables, trigger):
     shapes = []
 
@@ -175,6 +182,7 @@ def test_a_mesh_really_splits_the_images(variables, trigger):
     assert shapes == [(2, 4, 4, 3)] * 2  # clean and triggered
 
 
+@pytest.mark.slow
 def test_a_mesh_takes_variables_from_any_device(variables):
     """11 images in a batch of 11 become a batch of 16 for 8 devices."""
     images, labels = dataset(11)

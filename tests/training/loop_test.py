@@ -69,6 +69,7 @@ def uninterrupted(setting):
     return history
 
 
+@pytest.mark.slow
 def test_training_learns_and_counts(uninterrupted):
     assert [int(state.epoch) for state, _ in uninterrupted] == [1, 2, 3]
     assert [int(state.step) for state, _ in uninterrupted] == [3, 6, 9]
@@ -94,6 +95,7 @@ def test_resuming_at_an_epoch_boundary_is_bitwise_exact(
         assert got[1] == expected[1]
 
 
+@pytest.mark.slow
 def test_steps_per_dispatch_changes_nothing_but_rounding(setting, uninterrupted):
     """Two of three steps unrolled, the third alone: equal to 1e-5, not bitwise."""
     state, fit = setting
@@ -105,6 +107,7 @@ def test_steps_per_dispatch_changes_nothing_but_rounding(setting, uninterrupted)
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_but_rounding(setting, uninterrupted):
     state, fit = setting
     final = fit(state, mesh=sharding.data_mesh())
@@ -112,6 +115,7 @@ def test_a_mesh_changes_nothing_but_rounding(setting, uninterrupted):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(final))
 
 
+@pytest.mark.slow
 def test_a_mesh_really_splits_the_batch():
     """Each of eight devices works on one of eight images."""
     shapes = []
@@ -126,6 +130,7 @@ def test_a_mesh_really_splits_the_batch():
     assert shapes == [(1,)]
 
 
+@pytest.mark.slow
 def test_a_state_made_of_the_batch_stays_whole_on_a_mesh():
     """Left alone, the compiler splits statistics that are rows of a split batch."""
 
@@ -139,6 +144,7 @@ def test_a_state_made_of_the_batch_stays_whole_on_a_mesh():
     assert final.batch_stats.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_nothing_is_compiled_after_the_first_epoch(on_mesh):
     """Neither the step nor any little thing around it."""
@@ -210,6 +216,7 @@ def test_an_epoch_takes_every_step_on_different_images(steps_per_dispatch):
     assert not np.array_equal(*orders)
 
 
+@pytest.mark.slow
 def test_fewer_images_than_a_batch_are_one_batch():
     assert sorted(fit_visits(batch_size=100).params) == [-2] * 52
 
@@ -227,6 +234,7 @@ def test_a_finished_run_is_left_alone():
     assert_equal_trees(as_numpy(again), as_numpy(finished))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_named_with_epoch_and_step():
     """The ninth step of all is the third of the second epoch."""
 
@@ -239,6 +247,7 @@ def test_a_loss_that_is_not_finite_is_named_with_epoch_and_step():
         fit_visits(step_fn=steps.make_train_step(explodes, PLAIN_SGD), epochs=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs_done", [0, 1, 3, 5, 8])
 def test_a_stopped_run_with_commits_goes_on_bitwise_exactly(
     setting, uninterrupted, tmp_path, programs_done
@@ -275,6 +284,7 @@ def test_a_stopped_run_with_commits_goes_on_bitwise_exactly(
     assert seen.arrays.tolist() == [3.0, sum(losses[:2]) + losses[2]]
 
 
+@pytest.mark.slow
 def test_commits_happen_at_their_time_and_end_with_the_epochs(setting, tmp_path):
     """Every step when each is due; what was committed at the end is not done again."""
     state, fit = setting
@@ -314,6 +324,7 @@ def test_stopping_is_asked_between_programs_and_keeps_whole_epochs():
     assert_equal_trees(as_numpy(fit_visits(state=saved[0])), as_numpy(fit_visits()))
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_programs_started_long_ago():
     """When the host asks, at most a few programs are unfinished."""
     states = []

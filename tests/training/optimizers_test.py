@@ -22,6 +22,7 @@ def test_steps_fall_after_each_milestone():
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "first", "last"),
     [("constant", 0.1, 0.1), ("cosine", 0.1, 0.0), ("one_cycle", 0.004, 0.0)],

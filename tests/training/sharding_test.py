@@ -28,6 +28,7 @@ def test_unreplicated_arrays_are_bound_to_no_device():
     jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
+@pytest.mark.slow
 def test_varying_the_images_of_a_split_batch_needs_no_other_device():
     """Each device crops its own images; it does not collect those of the others."""
     mesh = sharding.data_mesh()

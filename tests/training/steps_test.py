@@ -100,6 +100,7 @@ def test_one_device_eight_sharded_devices_and_pmap_agree(
     assert min(jax.tree.leaves(moved)) > 1e-2, "nothing to compare"
 
 
+@pytest.mark.slow
 def test_the_second_step_does_not_compile_again(toy_net, toy_variables, toy_data):
     tx = optax.adam(optax.cosine_decay_schedule(1e-2, 10))
     step = jax.jit(steps.make_train_step(steps.classification_loss(toy_net.apply), tx))
@@ -108,6 +109,7 @@ def test_the_second_step_does_not_compile_again(toy_net, toy_variables, toy_data
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_loss_before_the_update(
     toy_net, toy_variables, toy_data
 ):
@@ -168,6 +170,7 @@ def test_projection_comes_after_the_update():
     np.testing.assert_array_equal(state.params, [-1.0, -0.5])
 
 
+@pytest.mark.slow
 def test_sharpness_aware_step_uses_the_gradient_uphill():
     """At (3, 4), radius 10 uphill is (9, 12), where the gradient is (27, 36)."""
     tx = optax.sgd(0.1)
@@ -185,6 +188,7 @@ def test_sharpness_aware_step_at_a_minimum_stays_there():
     np.testing.assert_array_equal(state.params, [0.0, 0.0])
 
 
+@pytest.mark.slow
 def test_sharpness_aware_devices_climb_together():
     """Under pmap the ascent follows the gradient of the whole batch, as under jit."""
 
@@ -208,6 +212,7 @@ def test_sharpness_aware_devices_climb_together():
     assert_same_run(jax.tree.map(lambda x: x[0], got), expected)
 
 
+@pytest.mark.slow
 def test_every_step_and_device_draws_other_numbers():
     def noisy(params, batch_stats, batch, key):
         return jnp.sum(params) * 0.0, (batch_stats, {"draw": jax.random.uniform(key)})
