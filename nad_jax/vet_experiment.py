@@ -79,6 +79,7 @@ def run(
             config.arch,
             source=config.checkpoint,
         )
+    workdir.check_input("checkpoint", artifact.sha256(config.checkpoint))
     with workdir.timed("data"):
         scene = _set_scene(config, converted.model, converted.variables)
     workdir.say(

@@ -106,7 +106,7 @@ class Workdir:
 
     def _check_config(self, config: Any) -> None:
         """Raises InputError if the folder belongs to another configuration."""
-        stored = self._stored_config()
+        stored = self._stored("config.json")
         if stored is None:
             schema.write_json(self.path / "config.json", config)
         elif stored != config:
@@ -115,15 +115,31 @@ class Workdir:
                 f"({'; '.join(_differences(stored, config))}); use another --workdir"
             )
 
-    def _stored_config(self) -> Any:
+    def check_input(self, name: str, sha256: str) -> None:
+        """Raises InputError if earlier runs here read other bytes under this name.
+
+        What they finished belongs to those bytes, whatever the path says.
+        """
+        cluster.from_first(lambda: self._check_input(name, sha256))
+
+    def _check_input(self, name: str, sha256: str) -> None:
+        stored = self._stored("inputs.json") or {}
+        if stored.get(name, sha256) != sha256:
+            raise errors.InputError(
+                f"workdir {self.path} belongs to another {name} (sha256 was "
+                f"{stored[name][:12]}..., now {sha256[:12]}...); use another --workdir"
+            )
+        if name not in stored:
+            schema.write_json(self.path / "inputs.json", {**stored, name: sha256})
+
+    def _stored(self, name: str) -> Any:
         try:
-            return json.loads((self.path / "config.json").read_text("utf-8"))
+            return json.loads((self.path / name).read_text("utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:
             raise errors.InputError(
-                f"{self.path / 'config.json'} is damaged; remove it or use another "
-                "--workdir"
+                f"{self.path / name} is damaged; remove it or use another --workdir"
             ) from None
 
     def close(self) -> None:

@@ -35,6 +35,19 @@ def test_another_configuration_is_refused_and_the_difference_named(tmp_path):
     workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
 
 
+def test_another_file_under_the_same_name_is_refused(tmp_path):
+    for _ in range(2):
+        run = workdir.Workdir(tmp_path, {})
+        run.check_input("checkpoint", "a" * 64)
+        run.check_input("data", "b" * 64)
+        run.close()
+    run = workdir.Workdir(tmp_path, {})
+    with pytest.raises(errors.InputError, match="belongs to another checkpoint .*aaa"):
+        run.check_input("checkpoint", "c" * 64)
+    run.check_input("data", "b" * 64)
+    run.close()
+
+
 def test_a_damaged_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.InputError, match="is damaged"):
