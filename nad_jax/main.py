@@ -35,7 +35,9 @@ from typing import Any
 
 # XLA says of every program in its cache, in a page of text, that it was compiled for
 # another machine (jaxlib 0.10.1). Read when jax is imported; errors are exceptions.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# 1 is jax's own default, which children of a process with jax inherit.
+if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402

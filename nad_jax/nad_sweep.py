@@ -173,7 +173,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         scale = arguments.variant
         base = _config(scale, changes)
         chosen = {
-            name: _config(",".join(filter(None, (scale, name))), changes).attack
+            name: _config("+".join(filter(None, (scale, name))), changes).attack
             for name in arguments.attacks
         }
         cells = sweep(base, chosen, arguments)

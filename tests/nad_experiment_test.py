@@ -26,7 +26,7 @@ ATTACKS = ("badnets", "trojan", "blend", "clean_label", "sig", "refool", "wanet"
 
 
 @pytest.mark.parametrize(
-    "variant", ["", "smoke", "cifar10", *ATTACKS, "cifar10,sig", "wanet,smoke"]
+    "variant", ["", "smoke", "cifar10", *ATTACKS, "cifar10+sig", "wanet+smoke"]
 )
 def test_every_variant_is_valid_and_names_every_setting(variant):
     """So no default of a repair lives in two places."""
@@ -65,7 +65,7 @@ def test_a_wrong_setting_is_named(path, value, message):
         settings.parse(mapping)
 
 
-@pytest.mark.parametrize("variant", ["smoke,cifar10", "blend,sig", "smoke/blend"])
+@pytest.mark.parametrize("variant", ["smoke+cifar10", "blend+sig", "smoke/blend"])
 def test_a_variant_that_is_none_says_what_there_is(variant, capsys):
     assert main.main(["main", f"--config={CONFIG}:{variant}"]) == 2
     said = capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_a_variant_that_is_none_says_what_there_is(variant, capsys):
 def test_every_attack_draws_its_trigger_on_every_scale(attack):
     """All sizes of image that the shipped configs have."""
     for scale, shape in (("smoke", (8, 8, 3)), ("cifar10", (32, 32, 3))):
-        config = settings.parse(_config(f"{scale},{attack}"))
+        config = settings.parse(_config(f"{scale}+{attack}"))
         trigger = pipeline.build_trigger(config.attack.trigger, shape)
         triggers.check_trigger(trigger, shape)
 
