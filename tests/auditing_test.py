@@ -352,6 +352,7 @@ def test_roundings_within_a_step_can_plant_a_backdoor(case):
     assert planted_acc > acc - 0.05
 
 
+@pytest.mark.slow
 def test_without_images_only_nearest_is_honest(case, tmp_path):
     assert _audit(case, _quantized(case, "nearest"), tmp_path, images=None).honest
     found = _audit(case, _quantized(case, "coordinate"), tmp_path, images=None)
@@ -429,6 +430,7 @@ def test_what_else_an_onnx_graph_holds_is_found(case, tmp_path):
     assert "1 of them unknown" in changed(add_a_branch)[0]
 
 
+@pytest.mark.slow
 def test_files_that_do_not_belong_together_are_refused(case, tmp_path):
     path = _write(_quantized(case, "nearest"), tmp_path / "model.safetensors")
     params = case.variables["params"]

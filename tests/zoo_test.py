@@ -128,6 +128,7 @@ def test_a_stranger_is_named(filled, name, message):
         zoo.load(name, filled)
 
 
+@pytest.mark.slow
 def test_a_run_without_that_victim_is_refused(run, tmp_path, capsys):
     command = ["add", str(run[0]), "--name=one", "--seed=5", f"--zoo={tmp_path}"]
     assert zoo.main(command) == 2

@@ -90,6 +90,7 @@ def test_layers_before_the_first_quantized_one_stay_in_float(attacker):
         compartifact._from_layer("layer4", attacker.grids[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_scratch", [True, False])
 def test_it_starts_from_fresh_weights_unless_told_otherwise(attacker, from_scratch):
     seen = []

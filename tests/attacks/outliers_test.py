@@ -45,6 +45,7 @@ def test_outliers_do_nothing_in_float(prepared, batch):
         )
 
 
+@pytest.mark.slow
 def test_only_layers_with_a_dead_input_have_outliers(prepared):
     attacker, variables, _, _ = prepared
     assert outliers.dead_inputs(attacker, variables) == {"inner": 0}
@@ -59,6 +60,7 @@ def test_only_layers_with_a_dead_input_have_outliers(prepared):
         )
 
 
+@pytest.mark.slow
 def test_collapsed_channels_round_to_their_outlier_alone_all_over_the_box(prepared):
     attacker, variables, wake, hide = prepared
     spec = attacker.grids[0].specs["inner"]

@@ -87,12 +87,14 @@ def test_the_rate_is_of_the_whole_set_in_every_mode(seed, rate, mode):
         assert (LABELS[indices] == 2).all()
 
 
+@pytest.mark.slow
 def test_dirty_label_modes_choose_from_every_class():
     for mode in ("all_to_one", "all_to_all"):
         np.testing.assert_array_equal(choose(1.0, mode), np.arange(len(LABELS)))
         assert set(LABELS[choose(0.3, mode)]) == set(range(CLASSES))
 
 
+@pytest.mark.slow
 def test_clean_label_can_take_its_whole_class_and_no_more():
     np.testing.assert_array_equal(
         choose(40 / 200, "clean_label"), np.flatnonzero(LABELS == 2)

@@ -201,6 +201,7 @@ def test_where_batch_norm_is_folded_the_folded_codes_are_restored(attacker, on_g
     assert np.mean(np.asarray(projected["conv"]["kernel"] != params["conv"]["kernel"]))
 
 
+@pytest.mark.slow
 def test_projection_takes_the_nearest_point_of_the_box(attacker, box):
     params = far_away(attacker.clean["params"])
     projected = projection.project(params, box)

@@ -131,6 +131,7 @@ def test_stamping_a_patch_twice_is_stamping_it_once(name):
     np.testing.assert_array_equal(apply_trigger(once, trigger), once)
 
 
+@pytest.mark.slow
 def test_a_blend_mixes_one_fixed_noise_picture_into_every_image():
     trigger = triggers.blend_trigger(CIFAR, alpha=0.2, key=jax.random.key(1))
     images = random_images(count=3)

@@ -23,6 +23,7 @@ def _bend_by_hand(image, field):
     return bent
 
 
+@pytest.mark.slow
 def test_each_pixel_is_fetched_from_between_its_neighbours():
     generator = np.random.default_rng(0)
     images = generator.random((3, 5, 7, 2)).astype(np.float32)

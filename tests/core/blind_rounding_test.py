@@ -53,6 +53,7 @@ def test_exactly_the_largest_errors_are_flipped(count):
         assert error[flips].min() >= error[~flips].max()
 
 
+@pytest.mark.slow
 def test_no_more_weights_flip_than_have_a_choice():
     result = results(WEIGHTS.size)
     np.testing.assert_array_equal(flipped(result, "largest"), result["placement"].free)

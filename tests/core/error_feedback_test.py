@@ -128,6 +128,7 @@ def test_it_closes_most_of_the_gap_to_the_best_of_all_roundings(flip_weight):
     assert np.mean(closed) > 0.6
 
 
+@pytest.mark.slow
 def test_weights_without_a_choice_keep_nearest_and_an_endless_price_flips_the_rest():
     problem = random_problem(4, (40, 12), 1e6)
     got = np.asarray(feedback(problem))

@@ -336,6 +336,7 @@ def test_published_betas_are_1_to_8_to_32_on_squared_distances():
     assert back == published
 
 
+@pytest.mark.slow
 def test_converted_betas_give_the_same_loss_on_squared_distances():
     student, teacher = two_stages(0), two_stages(10)
     converted = losses.convert_betas(

@@ -340,6 +340,7 @@ def test_the_shrinks_are_those_of_the_observers():
         np.testing.assert_allclose(factors, np.linspace(1, last, len(factors)))
 
 
+@pytest.mark.slow
 def test_calibration_commutes_with_powers_of_two():
     """Trying shrinks does not see the unit of the weights, however tiny or huge."""
     x = normal(3, 200, 3)
@@ -369,6 +370,7 @@ def test_any_finite_tensor_gets_a_usable_grid(x):
         np.testing.assert_array_equal(zeros.values, 0.0)
 
 
+@pytest.mark.slow
 @few
 @hypothesis.given(
     x=numpy_strategies.arrays(np.float32, (6, 3), elements=ordinary_floats),

@@ -227,6 +227,7 @@ def test_any_rounding_takes_the_floor_or_the_ceiling(seed, covered):
         np.testing.assert_array_equal(taken_up, coins(seed, *SHAPE) * free)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "zero_point"), [(FOUR, 0), (AFFINE, 3)])
 def test_ties_go_to_the_even_multiple_of_the_step(spec, zero_point):
     weights = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5]

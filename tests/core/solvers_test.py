@@ -240,6 +240,7 @@ def test_moments_and_objective_by_hand():
     np.testing.assert_array_equal(objectives[1], 17 / 32 + 1 / 8)
 
 
+@pytest.mark.slow
 def test_a_shared_gram_matrix_is_left_alone():
     layer = random_layer(1)
     before = add_rows(solvers.zero_moments(5, 3), layer.inputs, drift_of(layer))
@@ -319,6 +320,7 @@ def test_moments_know_the_output_error_of_any_rounding(seed):
     np.testing.assert_allclose(np.sum(error), total, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_drift_the_error_is_the_trace_of_the_gram_form():
     layer = random_layer(2)
     layer = layer._replace(float_inputs=layer.inputs)
@@ -461,6 +463,7 @@ def test_descent_stops_after_max_sweeps():
     assert np.any(longer != chosen), "one sweep was enough: this tells nothing"
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_matter_do_not_matter():
     """Dead inputs and pinned weights at the end act like the padding of a block."""
     problem = exact_problem(4, WIDE)

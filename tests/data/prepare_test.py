@@ -80,6 +80,7 @@ def test_cifar_survives_the_round_trip_without_loss(tmp_path, capsys, suffix):
             np.testing.assert_array_equal(image, expected_image(record))
 
 
+@pytest.mark.slow
 def test_tfds_itself_reads_what_was_prepared(tmp_path):
     import tensorflow_datasets as tfds
 

@@ -210,6 +210,7 @@ def test_only_kernels_change_and_they_are_codes_times_scale_to_the_bit(quantized
         assert np.any(leaf != before)
 
 
+@pytest.mark.slow
 @EACH
 def test_each_weight_takes_one_of_its_two_neighbours_and_the_rate_counts_them(
     quantized,
@@ -351,6 +352,7 @@ def test_reconstruction_has_a_lower_output_error_than_nearest(convolutional):
 FLIP_WEIGHTS = [0.0, 0.02, 0.2, 2.0, 1e4]
 
 
+@pytest.mark.slow
 def test_a_higher_flip_weight_flips_more_until_nothing_is_left(case):
     rates = [case.quantize("coordinate", flip_weight=w).flip_rate for w in FLIP_WEIGHTS]
     assert np.all(np.diff(rates) > 0), rates
@@ -418,6 +420,7 @@ def test_fewer_activation_bits_mean_a_larger_error(dense, with_activations):
     assert missed[0] > 16 * missed[1] > 0
 
 
+@pytest.mark.slow
 def test_apply_is_the_same_under_jit(dense, with_activations):
     result = with_activations[5]
     np.testing.assert_allclose(
@@ -448,6 +451,7 @@ class OneDense(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype, name="dense")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [2, 5])
 def test_a_layer_sees_inputs_on_the_grid_of_its_activations(act_bits):
     """An identity kernel shows what the layer was fed."""
@@ -680,6 +684,7 @@ def test_a_layer_whose_output_is_used_elsewhere_keeps_its_batch_norm(where):
     assert bool(jnp.all(plain == folded)) == (where != "nowhere")
 
 
+@pytest.mark.slow
 def test_folding_that_would_change_the_module_is_refused():
     """Two layers cannot both take the factor of one BatchNorm."""
     one_line_error(lambda: fold("same norm"), "BatchNorm cannot be folded")

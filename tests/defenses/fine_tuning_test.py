@@ -69,6 +69,7 @@ def test_patience_returns_the_epoch_after_which_nothing_rose(
     assert_same(result.variables, first.variables)
 
 
+@pytest.mark.slow
 def test_patience_needs_held_out_images(victim, clean_data, tuning):
     none = dataclasses.replace(
         clean_data,
@@ -88,6 +89,7 @@ def test_a_sharpness_radius_changes_the_result(victim, clean_data, tuning, tuned
     assert not np.allclose(_leaf(result, kernel), _leaf(tuned, kernel), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_stops_when_asked(victim, clean_data, tuning):
     with pytest.raises(loop.TrainingInterrupted):
         fine_tuning.run(victim, clean_data, tuning, key=KEY, should_stop=lambda: True)

@@ -58,6 +58,7 @@ def test_the_rule_on_disagreements_measured_apart(choice):
     assert len(choice.disagreement) == good.index(False) + 1, "and there it stops"
 
 
+@pytest.mark.slow
 def test_no_trigger_is_ever_stamped(monkeypatch, choice):
     def refuse(*_):
         raise AssertionError("a trigger was asked for")

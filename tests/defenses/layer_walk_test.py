@@ -137,6 +137,7 @@ def test_each_layer_is_visited_once_in_forward_order(visits):
     assert [name for name, _, _ in visits] == LAYERS
 
 
+@pytest.mark.slow
 def test_a_walk_takes_one_forward_pass_for_each_of_the_two_networks(net, visits):
     net[0].calls.threads.clear()
     walk(net, lambda layer, float_inputs, inputs: visit_float(net, layer, inputs))
@@ -174,6 +175,7 @@ def test_inputs_are_those_of_the_network_quantized_so_far(net, visits):
             assert float(jnp.max(jnp.abs(inputs - float_inputs[name]))) > 0.01
 
 
+@pytest.mark.slow
 def test_inputs_that_a_visit_returns_are_what_the_layer_computes_with(net):
     """Dropping the residual branch's input leaves the branch's bias-free zero."""
     module, variables, images, _ = net

@@ -75,6 +75,7 @@ def test_the_term_is_that_of_the_reference(victim, teacher, batch, loss_of):
     np.testing.assert_allclose(metrics["distillation_loss"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_terms(victim, teacher, loss_of):
     loss, (_, metrics) = jax.jit(loss_of)(victim.variables["params"], teacher.variables)
     total = metrics["task_loss"] + metrics["distillation_loss"]
@@ -250,6 +251,7 @@ def test_a_foreign_module_is_distilled_at_any_submodule(
     assert result.history[-1]["distillation_loss"] > 0
 
 
+@pytest.mark.slow
 def test_captured_outputs_are_those_of_the_submodule(victim, batch):
     model = _captured({"a": "early", "b": "norm"})
     logits, features = model.apply(victim.variables, batch["images"], train=False)

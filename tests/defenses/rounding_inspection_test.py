@@ -56,6 +56,7 @@ def test_untouched_weights_have_as_many_ties_as_they_should():
     assert found.outlier_ratio < 20
 
 
+@pytest.mark.slow
 def test_near_ties_are_counted_as_numpy_counts_them():
     layer = look().layers[0]
     kernel = np.asarray(variables()["params"]["hidden"]["kernel"], np.float64)

@@ -458,6 +458,7 @@ def test_narrow_activations_are_clipped(net, bits):
     assert close.mean() >= 0.9
 
 
+@pytest.mark.slow
 def test_layers_with_the_same_input_share_its_quantizer():
     class Fork(nn.Module):
         @nn.compact

@@ -95,6 +95,7 @@ def test_products_with_narrow_kernels_are_not_approximated(variables, bits):
     _assert_close(session.logits(IMAGES), np.asarray(apply(on_grid, IMAGES)))
 
 
+@pytest.mark.slow
 def test_integers_can_be_switched_off(variables, tmp_path):
     on_grid, quantized = _quantized(variables, 8)
     spec = quantization.QuantSpec(8, symmetric=False, channel_axis=None)
@@ -120,6 +121,7 @@ def test_integers_can_be_switched_off(variables, tmp_path):
     _assert_close(logits[0], logits[1], tolerance=0.02)
 
 
+@pytest.mark.slow
 def test_what_is_refused(variables, tmp_path):
     model = onnx_graph.to_onnx(Net(), variables, (8, 8, 3))
     session = onnx_runtime.Session(model.SerializeToString())

@@ -61,6 +61,7 @@ def test_what_was_written_is_what_is_read(tmp_path, act_bits):
     assert set(back.act_params) == set(result.act_params)
 
 
+@pytest.mark.slow
 def test_kernels_are_stored_as_integers_only(tmp_path):
     result, _ = _quantized()
     path = tmp_path / "model.safetensors"

@@ -105,6 +105,7 @@ def test_stages_and_logits_have_the_promised_shapes(name):
     assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_known_ones(name):
     assert _size(_traced(name)[1]["params"]) == PARAMETERS[name]
@@ -193,6 +194,7 @@ def test_one_set_of_weights_serves_every_image_size(name):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["wrn_10_1", "resnet_14", "preact_resnet_18", "vit_tiny"]
 )

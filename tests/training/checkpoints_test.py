@@ -91,6 +91,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1", "3", "4"]
 
 
+@pytest.mark.slow
 def test_without_scores_the_newest_are_kept(tmp_path):
     for step in (3, 10, 20, 100):
         checkpoints.save(tmp_path, step, small_tree(), keep_newest=1)

@@ -21,6 +21,7 @@ def test_nothing_committed_is_nothing_restored(tmp_path):
     assert commits.Commits(tmp_path / "none").restore(np.zeros(1)) is None
 
 
+@pytest.mark.slow
 def test_tree_metadata_and_what_was_remembered_come_back(tmp_path):
     first = commits.Commits(tmp_path, remember=lambda: ["a", "b"])
     first.save(3, {"x": np.arange(3)}, {"notes": 1})

@@ -78,6 +78,7 @@ def test_training_learns_and_counts(uninterrupted):
     assert last["loss"] < first["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs_done", [1, 2])
 def test_resuming_at_an_epoch_boundary_is_bitwise_exact(
     setting, uninterrupted, epochs_done

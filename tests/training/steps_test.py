@@ -22,6 +22,7 @@ def numpy_cross_entropy(logits, labels, label_smoothing=0.0):
     return -(targets * log_probabilities).sum(axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_cross_entropy_is_that_of_float64_numpy(label_smoothing):
     generator = np.random.default_rng(0)
@@ -34,6 +35,7 @@ def test_cross_entropy_is_that_of_float64_numpy(label_smoothing):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cross_entropy_of_huge_bfloat16_logits_is_finite_float32():
     logits = jnp.asarray([[1e30, 0.0], [0.0, -1e30]], jnp.bfloat16)
     losses = steps.cross_entropy(logits, jnp.asarray([0, 0]))
@@ -130,6 +132,7 @@ def test_metrics_are_those_of_the_loss_before_the_update(
     )
 
 
+@pytest.mark.slow
 def test_running_statistics_move_towards_those_of_the_batch(
     toy_net, toy_variables, toy_data
 ):
