@@ -14,6 +14,7 @@ that starts a child as the child's own peak until the child needs more.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -50,6 +51,21 @@ class Channel:
     def _send(self, message: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(message, allow_nan=False) + "\n")
         self._out.flush()
+
+
+def serve(tasks: Mapping[str, str], task: str, options: str) -> None:
+    """Runs one task of a side.
+
+    Args:
+      tasks: Name -> "module:function" with the signature (channel, options).
+      task: A name.
+      options: What the function is told, as JSON.
+    """
+    channel = Channel()
+    module, function = tasks[task].split(":")
+    # Imported before the options are read: `help` must not pay for JAX.
+    run = getattr(importlib.import_module(module), function)
+    run(channel, json.loads(options))
 
 
 class Child:

@@ -4,8 +4,6 @@
 TASK is a key of `TASKS`, OPTIONS a JSON object with what the task is told.
 """
 
-import importlib
-import json
 import sys
 
 from benchmarks import protocol
@@ -22,13 +20,5 @@ TASKS = {
     "agreement": "benchmarks.theirs.agreement:run",
 }
 
-
-def main(task: str, options: str) -> None:
-    channel = protocol.Channel()
-    module, function = TASKS[task].split(":")
-    run = getattr(importlib.import_module(module), function)
-    run(channel, json.loads(options))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    protocol.serve(TASKS, *sys.argv[1:])
