@@ -5,7 +5,7 @@
     python -m nad_jax.main --config=configs/efrap.py:smoke      # a minute, for tests
     python -m nad_jax.main --config=configs/efrap.py:w8+outlier # any combination
     python -m nad_jax.main --config=configs/efrap.py:cifar10 \
-        --config.data.data_dir=DIR                              # about an hour
+        --config.data.data_dir=DIR                              # long
 
 Every number can be overridden: --config.defense.weight_bits=3 --config.seeds='(0,1,2)'.
 

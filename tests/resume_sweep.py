@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="added to all seeds")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    began = time.perf_counter()
+    options.began = time.perf_counter()
     chains = [(job, seed + options.seed) for job in POINTS for seed in SEEDS]
     first, _, last = options.chains.partition(":")
     done = []
@@ -167,20 +167,13 @@ def main() -> int:
         for job, seed in chains[int(first or 0) : int(last or len(chains))]:
             folder = pathlib.Path(scratch) / f"{job}-{seed}"
             done += run_chain(job, seed, folder, list(enumerate(POINTS[job])))
-    report = result_file.merge(
-        options.out,
+    return result_file.finish(
+        options,
         done,
-        seed=options.seed,
         planned=sum(len(POINTS[job]) for job, _ in chains),
-        seconds=time.perf_counter() - began,
+        is_good=is_good,
+        summarize=lambda cases: {"good": sum(map(is_good, cases))},
     )
-    report["good"] = sum(is_good(case) for case in report["cases"])
-    result_file.write(options.out, report)
-    bad = [case for case in report["cases"] if not is_good(case)]
-    print(f"{len(report['cases'])} of {report['planned']} cases, {len(bad)} bad")
-    for case in bad[:20]:
-        print(case)
-    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ _KINDS = {
     "ceil": ("Ceil", "control: each weight goes to the grid point above"),
     "random": (
         "Random flips",
-        "control: as many weights flipped as EFRAP flips, by chance; mean over draws",
+        "control: flips by chance, EFRAP's share unless told; mean over draws",
     ),
     "top_error": (
         "Largest errors",
-        "control: as many weights flipped as EFRAP flips, those nearest moves furthest",
+        "control: flips those nearest moves furthest, EFRAP's share unless told",
     ),
     "noise": (
         "Noise",

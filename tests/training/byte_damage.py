@@ -13,15 +13,12 @@ Every cut and flip must be seen, the file named and the step before it restored 
 bit. Without a receipt a bit that nothing reads may pass, but never a wrong value.
 """
 
-import argparse
 import collections
-import json
 import logging
 import pathlib
 import random
 import sys
 import tempfile
-import time
 
 import numpy as np
 
@@ -158,40 +155,14 @@ def summarize(cases: list[dict]) -> dict:
 
 def main() -> int:
     """Exit code 1 if a case is bad."""
-    parser = argparse.ArgumentParser(description="Damage checkpoints byte by byte.")
-    parser.add_argument("--points", default=":", help="slice A:B:STEP of cases")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True)
-    options = parser.parse_args()
-    began = time.perf_counter()
-    chosen = slice(*(int(n) if n else None for n in options.points.split(":")))
+    options = result_file.sweep_options("Damage checkpoints byte by byte.")
     with tempfile.TemporaryDirectory() as folder:
         damage = Damage(folder, options.seed)
-        todo = damage.cases()
-        known = result_file.known(options.out, options.seed)
-        done = []
-        for case in todo[chosen]:
-            if time.perf_counter() - began > options.seconds:
-                break
-            if case[:2] not in known:
-                done.append(damage.run(*case))
-    report = result_file.merge(
-        options.out,
-        done,
-        seed=options.seed,
-        planned=len(todo),
-        seconds=time.perf_counter() - began,
+        planned = damage.cases()
+        done = result_file.run_cases(planned, damage.run, options)
+    return result_file.finish(
+        options, done, planned=len(planned), is_good=is_good, summarize=summarize
     )
-    bad = [case for case in report["cases"] if not is_good(case)]
-    report["summary"] = summarize(report["cases"])
-    report["bad"] = len(bad)
-    result_file.write(options.out, report)
-    print(json.dumps(report["summary"], indent=2))
-    print(f"{len(report['cases'])} of {len(todo)} cases, {len(bad)} bad")
-    for case in bad[:20]:
-        print(case)
-    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ with all its bits, never an older one than the last save that returned; and afte
 next save nothing in the folder but steps.
 """
 
-import argparse
 import collections
 import contextlib
 import ctypes
@@ -382,12 +381,6 @@ def summarize(cases: list[dict]) -> dict:
 
 def main() -> int:
     """Exit code 1 if a case is bad, 2 without a C compiler."""
-    parser = argparse.ArgumentParser(description="Kill saves at every call.")
-    parser.add_argument("--points", default=":", help="slice A:B:STEP of cases")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True)
-    options = parser.parse_args()
     if "LD_PRELOAD" not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
             shim = build_shim(folder)
@@ -403,30 +396,14 @@ def main() -> int:
     sys.path.insert(0, str(_SHIM_SOURCE.parent.parent))
     import result_file
 
-    began = time.perf_counter()
-    chosen = slice(*(int(n) if n else None for n in options.points.split(":")))
+    options = result_file.sweep_options("Kill saves at every call.")
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep(os.environ["LD_PRELOAD"], scratch, options.seed)
-        todo = sweep.cases()
-        known = result_file.known(options.out, options.seed)
-        done = []
-        for case in todo[chosen]:
-            if time.perf_counter() - began > options.seconds:
-                break
-            if case not in known:
-                done.append(sweep.run(*case))
-    seconds = time.perf_counter() - began
-    report = result_file.merge(
-        options.out, done, seed=options.seed, planned=len(todo), seconds=seconds
+        planned = sweep.cases()
+        done = result_file.run_cases(planned, sweep.run, options)
+    return result_file.finish(
+        options, done, planned=len(planned), is_good=is_good, summarize=summarize
     )
-    report["summary"] = summarize(report["cases"])
-    result_file.write(options.out, report)
-    bad = [case for case in report["cases"] if not is_good(case)]
-    print(json.dumps(report["summary"], indent=2))
-    print(f"{len(report['cases'])} of {len(todo)} cases, {len(bad)} bad")
-    for case in bad[:20]:
-        print(case)
-    return 1 if bad else 0
 
 
 if __name__ == "__main__":
