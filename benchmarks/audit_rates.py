@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often an audit refuses honest roundings, and how often it misses planted ones.
 
-    python benchmarks/audit_rates.py --out benchmarks/results/audit_rates.json
+    python -m benchmarks.audit_rates --out benchmarks/results/audit_rates.json
 
 A ResNet-8 learns the digits; its kernels are rounded honestly and by attackers who
 choose codes for a trigger and stay within one step. Each rounding is audited with clean
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import results
 from nad_jax import auditing, models
 from nad_jax.core import quantization, rounding, solvers
 from nad_jax.data import batches, sources
@@ -302,7 +303,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     began, entries = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -326,8 +327,7 @@ def main():
         "seconds": round(time.perf_counter() - began, 1),
     }
     if options.out:
-        text = json.dumps(report, indent=2)
-        pathlib.Path(options.out).write_text(text + "\n", "utf-8")
+        results.write(options.out, report)
     print(json.dumps({k: v for k, v in report.items() if k != "entries"}, indent=2))
 
 

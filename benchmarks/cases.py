@@ -90,21 +90,6 @@ def build(*, quick: bool = False, torch_steps: int = 200) -> dict[str, Case]:
             )
         return tuple(sides)
 
-    def nad(name, cold):
-        return Case(
-            name,
-            "processes",
-            "seconds from the start of the process to the repaired checkpoint",
-            (Side(f"cache {'cold' if cold else 'warm'}", "erase", epochs, cold=cold),),
-            tuned("erase", epochs, compiled=False, large=False),
-            work=None
-            if quick
-            # 40 batches an epoch of the 2,500 images, as the reference counts them.
-            else floors.training("wrn_16_1", 64).times(10 * 40)
-            + floors.distillation("wrn_16_1", 64).times(20 * 40),
-            arch="wrn_16_1",
-        )
-
     def efrap(name, arch):
         options = {"arch": arch, "images": calibration}
         theirs = {**options, "measured_steps": min(2 if quick else torch_steps, 10_000)}
@@ -128,8 +113,22 @@ def build(*, quick: bool = False, torch_steps: int = 200) -> dict[str, Case]:
             tuned("nad_step", step),
             work=floors.distillation("wrn_16_1", batch),
         ),
-        nad("erase_cold", cold=True),
-        nad("erase_warm", cold=False),
+        Case(
+            "erase",
+            "processes",
+            "seconds from the start of the process to the repaired checkpoint",
+            (
+                Side("cache warm", "erase", epochs),
+                Side("cache cold", "erase", epochs, cold=True),
+            ),
+            tuned("erase", epochs, compiled=False, large=False),
+            work=None
+            if quick
+            # 40 batches an epoch of the 2,500 images, as the reference counts them.
+            else floors.training("wrn_16_1", 64).times(10 * 40)
+            + floors.distillation("wrn_16_1", 64).times(20 * 40),
+            arch="wrn_16_1",
+        ),
         efrap("efrap_resnet_14", "resnet_14"),
         efrap("efrap_resnet_18", "resnet_18"),
         Case(

@@ -3,7 +3,7 @@
 
     python -m nad_jax.main --config=configs/efrap.py --config.seeds='(0,1,2,3,4)' \\
         --config.defense.roundings="('nearest',)" --workdir=DIR
-    python benchmarks/inspection_rates.py --workdir=DIR --out=FILE
+    python -m benchmarks.inspection_rates --workdir=DIR --out=FILE
 
 Inspects the clean and the backdoored model of every seed of a finished run, on the grid
 of its defence. The numbers behind the limits in `defenses.rounding_inspection`.
@@ -16,28 +16,23 @@ import pathlib
 import jax
 import numpy as np
 
-from nad_jax import models, pipeline, roundings, settings
+from benchmarks import finished_run, results
+from nad_jax import roundings
 from nad_jax.defenses import rounding_inspection
-from nad_jax.models import common
-from nad_jax.training import checkpoints
 
 
 def inspect_run(workdir: pathlib.Path, num_images: int) -> list[dict]:
     """One entry for each model."""
-    config = settings.parse(json.loads((workdir / "config.json").read_text("utf-8")))
-    train, _ = pipeline.load_data(config.data)
-    model = models.build(
-        config.model.name, num_classes=train.num_classes, width=config.model.width
-    )
-    like = common.init(model, jax.random.key(0), train.images.shape[1:])
+    config, scene = finished_run.read(workdir)
     entries = []
     for seed in config.seeds:
-        images = roundings.calibration_images(train, num_images, jax.random.key(seed))
+        images = roundings.calibration_images(
+            scene.train, num_images, jax.random.key(seed)
+        )
         for name in ("clean", "backdoored"):
-            folder = workdir / "checkpoints" / f"seed{seed}-{name}"
             found = rounding_inspection.inspect(
-                model,
-                checkpoints.restore(folder, like)[0],
+                scene.model,
+                finished_run.variables(workdir, scene, seed, name),
                 images,
                 weight_bits=config.defense.weight_bits,
                 act_bits=config.defense.act_bits,
@@ -80,8 +75,7 @@ def main() -> None:
         "detection_rate": rate("backdoored"),
         "models": entries,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    results.write(arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and size of int8 ONNX files against float ones, on one CPU thread.
 
-    python benchmarks/onnx_int8.py --out benchmarks/results/onnx_int8.json
+    python -m benchmarks.onnx_int8 --out benchmarks/results/onnx_int8.json
 
 Random weights: what is measured does not depend on them. Rounds alternate, float,
 int8, int8 with quantized sums (`--config.defense.quantize_sums=True`), float, ..., so
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 
+from benchmarks import results
 from nad_jax import models
 from nad_jax.core import grids as grids_lib
 from nad_jax.core import quantization
@@ -129,7 +130,7 @@ def main():
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     entries = []
     for name in options.models:
@@ -142,8 +143,7 @@ def main():
         "threads": 1,
     }
     if options.out:
-        text = json.dumps(report, indent=2)
-        pathlib.Path(options.out).write_text(text + "\n", "utf-8")
+        results.write(options.out, report)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ def document(
 
 
 def write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes a result file, whole or not at all."""
+    """Writes a result file, whole or not at all, with the commit of the code."""
+    # Loads JAX, which a driver that only waits for its children does without.
+    from nad_jax import pipeline
+
+    content = {"git_commit": pipeline.git_commit(), **content}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     text = json.dumps(content, indent=2, sort_keys=False, allow_nan=False)

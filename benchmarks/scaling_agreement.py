@@ -12,7 +12,6 @@ one and the same net that no run has trained (`codes_equal_same_net`).
 """
 
 import argparse
-import json
 import os
 import pathlib
 import socket
@@ -20,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
+
+from benchmarks import results
 
 # Name, processes, devices of each.
 _RUNS = (
@@ -60,8 +61,7 @@ def main() -> None:
     }
     print(_table(result))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        results.write(arguments.out, result)
 
 
 def _run(path: str, processes: int, devices: int, epochs: int) -> dict[str, Any]:

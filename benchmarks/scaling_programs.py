@@ -19,6 +19,8 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks import results
+
 _DEVICES = (1, 8, 64, 512)
 _IMAGES_PER_DEVICE = 32
 _COLLECTIVES = (
@@ -52,8 +54,7 @@ def main() -> None:
         }
         print(_table(result))
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            results.write(arguments.out, result)
 
 
 def _run_child(devices: int, *arguments: str) -> Any:

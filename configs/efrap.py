@@ -4,6 +4,7 @@
     python -m nad_jax.main --config=configs/efrap.py            # digits, some minutes
     python -m nad_jax.main --config=configs/efrap.py:smoke      # a minute, for tests
     python -m nad_jax.main --config=configs/efrap.py:w8+outlier # any combination
+    python -m nad_jax.main --config=configs/efrap.py:controls   # every control
     python -m nad_jax.main --config=configs/efrap.py:cifar10 \
         --config.data.data_dir=DIR                              # long
 
@@ -50,6 +51,7 @@ def _digits(attack):
     config.title = "Digits: a backdoor that wakes at W4"
     config.seeds = (0,)
     config.victim_workdir = config_dict.placeholder(str)
+    config.repairs = config_dict.placeholder(ml_collections.ConfigDict)
 
     config.data = _section(
         # Shipped inside scikit-learn: 1,297 training and 500 test images.
@@ -85,7 +87,7 @@ def _digits(attack):
         max_sweeps=20,
         stochastic_draws=5,
         controls=_section(
-            flip_share=config_dict.placeholder(float), noise=1.0, qvec=1.0
+            flip_share=config_dict.placeholder(float), noise=1.0, qvec=1.0, ocs=0.02
         ),
         calibration_images=1024,
         # Only for the rounding "adam", the loop of EFRAP's public code.
@@ -185,7 +187,11 @@ def _make_smoke(config):
     config.model.width = 0.5
     config.attack.trigger.size = 2
     config.attack.trigger.margin = 0
-    for stage in (config.victim, *_stages(config)):
+    stages = [config.victim, *_stages(config)]
+    if config.repairs is not None:
+        stages.append(config.repairs.training)
+        config.repairs.nad.teacher_epochs = 1
+    for stage in stages:
         stage.epochs = 2
         stage.milestones = ()
     config.defense.calibration_images = 64
@@ -226,6 +232,46 @@ def _make_vit(config):
         stage.optimizer, stage.schedule = "adam", "cosine"
         stage.learning_rate, stage.weight_decay = 1e-3, 0.0
         stage.milestones = ()
+
+
+def _make_controls(config):
+    """Every control there is, and float defences with labels, then nearest."""
+    config.defense.roundings = (
+        "nearest",
+        "floor",
+        "ceil",
+        "flipped",
+        "stochastic",
+        "efrap",
+        "random",
+        "top_error",
+        "noise",
+        "qvec",
+        "omse",
+        "aciq",
+        "ocs",
+        "gptq",
+        "reconstruction",
+    )
+    is_cifar = config.data.name == "cifar10"
+    config.repairs = _section(
+        rows=("fine_tuning", "nad"),
+        clean_model_rows=(),
+        clean_fraction=0.05 if is_cifar else 0.2,
+        training=_training(
+            epochs=20,
+            batch_size=64 if is_cifar else 32,
+            optimizer="sgd",
+            learning_rate=0.05,
+            schedule="steps",
+            milestones=(2,),
+            step_factor=0.1,
+            weight_decay=1e-4,
+        ),
+        nad=_section(
+            betas=_section(stage1=25.0, stage2=50.0, stage3=50.0), teacher_epochs=10
+        ),
+    )
 
 
 def _make_w8(config):
@@ -295,10 +341,11 @@ def _authors_of_compartifact(config):
 
 _CHANGES = {
     "vit": _make_vit,
-    "smoke": _make_smoke,
     "cifar10": _make_cifar10,
+    "controls": _make_controls,
     "w8": _make_w8,
     "authors": _make_authors,
+    "smoke": _make_smoke,
 }
 
 

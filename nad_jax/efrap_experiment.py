@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import acceptance, models, pipeline, roundings, settings
+from nad_jax import acceptance, models, pipeline, repairs, roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import conditioning, registry
 from nad_jax.data import batches, sources
+from nad_jax.defenses import base
 from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import html, schema
@@ -35,7 +36,7 @@ _ATTACKER_IMAGES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scene:
+class Scene:
     """What all seeds share: data, architecture, grid, evaluators."""
 
     train: sources.Dataset
@@ -62,7 +63,7 @@ def run(
     """
     canary = environment.check_canary()
     with workdir.timed("data"):
-        scene = _set_scene(config)
+        scene = set_scene(config)
     rows: list[schema.Row] = []
     layers: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
@@ -97,7 +98,8 @@ def run(
     )
 
 
-def _set_scene(config: settings.ExperimentSettings) -> _Scene:
+def set_scene(config: settings.ExperimentSettings) -> Scene:
+    """Everything that does not depend on the seed."""
     train, test = pipeline.load_data(config.data)
     attack = config.attack
     pipeline.check_target(attack.target_label, train)
@@ -132,7 +134,7 @@ def _set_scene(config: settings.ExperimentSettings) -> _Scene:
         )
         for bits in attack.weight_bits
     ]
-    return _Scene(train, test, model, layers, attacked_grids, goal, evaluate)
+    return Scene(train, test, model, layers, attacked_grids, goal, evaluate)
 
 
 # ------------------------------------------------------------------------------ models
@@ -208,42 +210,43 @@ def _quantize_and_evaluate(
     )
     nets = []
 
-    def add(name, counts, *, seconds, flip_rate=None, **extra):
-        is_float = name == "float"
+    def add(name, counts, net, *, seconds, flip_rate=None, **extra):
+        rounded = flip_rate is not None
         row = schema.Row(
             name=name,
             model=model_name,
             seed=seed,
-            weight_bits=None if is_float else defense.weight_bits,
-            act_bits=None if is_float else defense.act_bits,
+            weight_bits=defense.weight_bits if rounded else None,
+            act_bits=defense.act_bits if rounded else None,
             flip_rate=flip_rate,
             seconds=seconds,
             extra=extra,
             **counts,
         )
         pipeline.add_row(rows, row, workdir)
+        nets.append((model_name, name, net))
 
-    with workdir.timed("evaluate"):
-        counts = scene.evaluate(variables)
-    add("float", counts, seconds=0.0)
-    nets.append((model_name, "float", variables))
-    efrap_rates = None
-    for name in defense.roundings:
-        workdir.check_stop()
-        draws = defense.stochastic_draws if name in roundings.BY_CHANCE else 1
+    def add_float(name, net, *, seconds):
+        with workdir.timed("evaluate"):
+            counts = scene.evaluate(net)
+        add(name, counts, net, seconds=seconds)
+
+    def add_rounded(name, rounding, net, *, earlier=0.0, flip_rates=None):
+        """A row by one or several draws; returns the last one's result."""
+        draws = defense.stochastic_draws if rounding in roundings.BY_CHANCE else 1
         results, outcomes, seconds = [], [], []
         for draw in range(draws):
             result, spent = roundings.quantize(
                 defense,
-                name,
+                rounding,
                 scene.model,
-                variables,
+                net,
                 calibration,
                 layers=scene.layers,
                 key=jax.random.fold_in(key, draw),
                 workdir=workdir,
                 stage=f"{name}, {model_name}, seed {seed}",
-                flip_rates=efrap_rates,
+                flip_rates=flip_rates,
             )
             seconds.append(spent)
             workdir.seconds[f"quantize/{name}"] = (
@@ -252,10 +255,6 @@ def _quantize_and_evaluate(
             with workdir.timed("evaluate"):
                 outcomes.append(scene.evaluate(result.variables, result))
             results.append(result)
-        if name == "efrap":
-            efrap_rates = {
-                layer: report.flip_rate for layer, report in results[0].layers.items()
-            }
         extra = {}
         if draws > 1:
             extra = {
@@ -266,15 +265,60 @@ def _quantize_and_evaluate(
         add(
             name,
             _mean_counts(outcomes),
-            seconds=float(np.mean(seconds)),
+            results[-1].variables,
+            seconds=earlier + float(np.mean(seconds)),
             flip_rate=float(np.mean([result.flip_rate for result in results])),
             **extra,
         )
-        nets.append((model_name, name, results[-1].variables))
-        layers += roundings.layer_entries(
-            results[-1], seed=seed, row=name, model_name=model_name
+        layers.extend(
+            roundings.layer_entries(
+                results[-1], seed=seed, row=name, model_name=model_name
+            )
         )
+        return results[-1]
+
+    add_float("float", variables, seconds=0.0)
+    efrap_rates = None
+    for name in defense.roundings:
+        workdir.check_stop()
+        result = add_rounded(name, name, variables, flip_rates=efrap_rates)
+        if name == "efrap":
+            efrap_rates = {
+                layer: report.flip_rate for layer, report in result.layers.items()
+            }
+    if config.repairs is not None:
+        is_clean = model_name == "clean"
+        wanted = config.repairs.clean_model_rows if is_clean else config.repairs.rows
+        stages = _repair_stages(config, scene, workdir, seed, model_name, variables)
+        for name in wanted:
+            repaired, seconds = stages.repair(name)
+            add_float(name, repaired.variables, seconds=seconds)
+            add_rounded(
+                f"{name}_nearest", "nearest", repaired.variables, earlier=seconds
+            )
     return nets
+
+
+def _repair_stages(
+    config, scene, workdir, seed, model_name, variables
+) -> repairs.Stages:
+    """The float defences of one model; both models get the same clean images."""
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    clean_key, repair_key = jax.random.split(key)
+    indices = base.clean_indices(
+        clean_key,
+        scene.train.labels,
+        fraction=config.repairs.clean_fraction,
+        validation_fraction=config.repairs.validation_fraction,
+    )
+    patient = repairs.Patient(
+        model_name,
+        seed,
+        base.Net(scene.model, variables),
+        base.clean_data(scene.train, *indices),
+        repair_key,
+    )
+    return repairs.Stages(config.repairs, workdir, patient)
 
 
 def _mean_counts(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -361,7 +405,7 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
     return claims
 
 
-def _draw(scene: _Scene, nets: list[tuple[str, str, Any]]) -> html.Figures:
+def _draw(scene: Scene, nets: list[tuple[str, str, Any]]) -> html.Figures:
     """Pictures of the first seed: trigger, samples, attention of each net."""
     wanted = scene.goal.target_labels(jnp.asarray(scene.test.labels))
     return pipeline.draw(

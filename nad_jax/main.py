@@ -6,8 +6,8 @@
 FILE is a config of your own or one of those shipped (configs/*.py), found from any
 folder. Results go to DIR, by default runs/<config>-<time>. Repeating a command with the
 same --workdir continues where it stopped. Exit code 0: done (vet: accepted, audit:
-honest); 1: vet rejected the model, audit found something; 2: something you can mend, in
-one line.
+honest, inspect: nothing found); 1: vet rejected the model, audit or inspect found
+something; 2: something you can mend, in one line.
 
 Ctrl-C (SIGINT) or SIGTERM: the step at work is finished and committed, one line says
 so, and the exit code is 130 after SIGINT and 0 after SIGTERM, which is how schedulers
@@ -185,6 +185,7 @@ def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -
     from nad_jax import (
         audit_experiment,
         efrap_experiment,
+        inspect_experiment,
         nad_experiment,
         pipeline,
         vet_experiment,
@@ -192,7 +193,11 @@ def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -
     )
     from nad_jax import workdir as workdir_lib
 
-    judges = {"audit": audit_experiment, "vet": vet_experiment}
+    judges = {
+        "audit": audit_experiment,
+        "inspect": inspect_experiment,
+        "vet": vet_experiment,
+    }
     if config.job in judges and processes > 1:
         raise cluster.AgreedError(
             f"the job {config.job} runs in one process, got {processes}; use "

@@ -53,6 +53,7 @@ def _arguments(
         "gptq": {"method": "feedback", "flip_weight": 0.0},
         "noise": {"method": "noise", "strength": controls.noise},
         "qvec": {"method": "counter_shift", "strength": controls.qvec},
+        "ocs": {"method": "channel_split", "strength": controls.ocs},
     }
     return rows.get(name, {"method": name})
 

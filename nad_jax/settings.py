@@ -40,6 +40,7 @@ ROUNDINGS = (
     "qvec",
     "omse",
     "aciq",
+    "ocs",
     "gptq",
     "adaround",
     "reconstruction",
@@ -373,17 +374,20 @@ class ControlSettings:
         layer as many as the row "efrap", which must come before them.
       noise: Standard deviation of the noise before nearest, in half steps.
       qvec: Multiple of the shift of nearest rounding that is subtracted beforehand.
+      ocs: Share of a layer's input channels that are split in two.
     """
 
     flip_share: float | None = None
     noise: float = 1.0
     qvec: float = 1.0
+    ocs: float = 0.02
 
     def __post_init__(self):
         good = self.flip_share is None or 0 <= self.flip_share <= 1
         _check(self, "flip_share", good, "in [0, 1] or None")
         for name in ("noise", "qvec"):
             _check(self, name, getattr(self, name) >= 0, ">= 0")
+        _check(self, "ocs", 0 <= self.ocs <= 1, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -696,6 +700,8 @@ class ExperimentSettings:
       victim: Training of the clean model that is then attacked.
       attack: How the backdoor is planted.
       defense: The grid and the roundings.
+      repairs: Defences of float models, each followed by nearest rounding on the same
+        grid; None = no such rows.
       victim_workdir: Workdir of an earlier run whose models are used instead of
         training new ones; None = train.
       job: "efrap".
@@ -707,6 +713,7 @@ class ExperimentSettings:
     victim: TrainingSettings
     attack: AttackSettings
     defense: QuantizationSettings
+    repairs: RepairSettings | None = None
     seeds: tuple[int, ...] = (0,)
     victim_workdir: str | None = None
     job: str = "efrap"
@@ -863,9 +870,49 @@ class AuditSettings:
         _check(self, "images", self.images >= 1, "at least 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class InspectSettings:
+    """Everything a run of `configs/inspect.py` reads.
+
+    Attributes:
+      float_model: Checkpoint.
+      arch: As for `VetSettings`.
+      data: Clean images; labels are not used.
+      weight_bits: Widths to look at.
+      presets: Grids to look at, of `nad_jax.core.grids.GRIDS`.
+      act_bits: Width of layer inputs, for the drift; None = float.
+      images: How many of them.
+      seed: Of their choice.
+      job: "inspect".
+    """
+
+    float_model: str | None
+    arch: str | None
+    data: DataSettings
+    weight_bits: tuple[int, ...] = (8, 4)
+    presets: tuple[str, ...] = ("plain",)
+    act_bits: int | None = None
+    images: int = 1024
+    seed: int = 0
+    job: str = "inspect"
+
+    def __post_init__(self):
+        _check_name(self, "job", ("inspect",))
+        if not self.float_model:
+            raise InputError("float_model is missing; give --config.float_model=FILE")
+        good = bool(self.weight_bits)
+        good = good and all(bits in range(2, 9) for bits in self.weight_bits)
+        _check(self, "weight_bits", good, "one or more numbers from 2 to 8")
+        good = bool(self.presets) and set(self.presets) <= set(grids.GRIDS)
+        _check(self, "presets", good, f"one or more of {', '.join(grids.GRIDS)}")
+        _check_bits(self, "act_bits", optional=True)
+        _check(self, "images", self.images >= 1, "at least 1")
+
+
 JOBS: dict[str, type] = {
     "audit": AuditSettings,
     "efrap": ExperimentSettings,
+    "inspect": InspectSettings,
     "nad": NadExperimentSettings,
     "vet": VetSettings,
 }

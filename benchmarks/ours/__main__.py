@@ -22,6 +22,7 @@ TASKS = {
     "evaluation": "benchmarks.ours.steps:evaluation",
     "erase": "benchmarks.ours.whole:erase",
     "efrap": "benchmarks.ours.whole:efrap",
+    "growth": "benchmarks.ours.growth:efrap",
     "help": "benchmarks.ours.help:run",
 }
 

@@ -12,6 +12,8 @@ method asked for, so that defence and controls differ in nothing but the roundin
     top_error      so many weights flipped, those of largest rounding error
     noise          nearest, after Gaussian noise
     counter_shift  nearest, after the shift of nearest rounding was subtracted (QVec)
+    channel_split  nearest, after outlier input channels were split in two (OCS); codes
+                   are sums over the copies, for judging and not for export
     feedback       one pass in which weights make up for each other's errors (GPTQ)
     coordinate     EFRAP's discrete objective by coordinate descent on second moments
     adam           EFRAP's relaxed objective, as its public code optimises it
@@ -277,7 +279,8 @@ def efrap(
       strength: Of "random" and "top_error": the share of weights to flip, in [0, 1]
         (default 0.5), for all layers or by layer name; of "noise": standard deviation
         in half steps (default 1); of "counter_shift": multiple of the shift that is
-        subtracted (default 1). Other methods take none.
+        subtracted (default 1); of "channel_split": the share of input channels to add,
+        in [0, 1] (default 0.02). Other methods take none.
       flip_form: What the price counts: "element", the error of the weight, or
         "neuron", the norm of its output channel's errors (the paper's wording).
       flip_unit: "weight" units, as published, or "step": free of the scale of the
@@ -541,7 +544,8 @@ def _strengths(method, strength, layers) -> dict[str, float]:
     missing = [layer.name for layer in layers if layer.name not in by_layer]
     if missing:
         raise errors.InputError(f"strength has no value for layer {missing[0]}")
-    most = 1.0 if method in ("random", "top_error") else math.inf
+    shares = ("random", "top_error", "channel_split")
+    most = 1.0 if method in shares else math.inf
     for name, value in by_layer.items():
         if not 0.0 <= value <= most or value == math.inf:
             raise errors.InputError(

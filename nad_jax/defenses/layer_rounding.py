@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nad_jax import errors
 from nad_jax.core import (
     blind_rounding,
+    channel_splitting,
     error_feedback,
     losses,
     quantization,
@@ -37,9 +38,16 @@ BLIND = (
     "top_error",
     "noise",
     "counter_shift",
+    "channel_split",
 )
 # Those of them that come in degrees, with their default strength.
-STRENGTHS = {"random": 0.5, "top_error": 0.5, "noise": 1.0, "counter_shift": 1.0}
+STRENGTHS = {
+    "random": 0.5,
+    "top_error": 0.5,
+    "noise": 1.0,
+    "counter_shift": 1.0,
+    "channel_split": 0.02,
+}
 # Methods that look at the calibration images, with their default flip weight.
 LOOKING = {"coordinate": 0.01, "feedback": 0.0, "adam": 1.0}
 METHODS = (*BLIND, *LOOKING)
@@ -127,10 +135,17 @@ def make_blind_rounder(
     def round_layer(layer, float_inputs, inputs):
         del float_inputs, inputs
         name, kernel = layer.name, kernels[layer.name]
+        how = method.name
+        if how == "channel_split":
+            # Pixels have no outliers to split, and groups have no inputs in common.
+            if name != layers[0].name and layer.geometry.groups == 1:
+                num_splits = math.ceil(strengths[name] * kernel.shape[-2])
+                return _round_split(specs[name], num_splits, kernel), {}
+            how = "nearest"
         padded = common_sizes.pad_kernel(kernel)
         params = common_sizes.kernel_params(kernel, specs[name], padded)
         result = _round_blindly(
-            method.name,
+            how,
             specs[name],
             padded,
             params,
@@ -315,6 +330,18 @@ def _round_blindly(name, spec, kernel, params, draws, strength, size) -> Rounded
         ),
     }[name]()
     return _finish(kernel, chosen, params, placement, spec)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _round_split(spec, num_splits, kernel) -> Rounded:
+    codes, params = channel_splitting.split_codes(kernel, spec, num_splits=num_splits)
+    kept = jnp.round(quantization.divide(kernel, params.scale)) + params.zero_point
+    return Rounded(
+        quantization.dequantize(codes, params).astype(kernel.dtype),
+        codes,
+        params,
+        jnp.mean((codes != kept).astype(jnp.float32)),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

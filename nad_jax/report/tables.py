@@ -67,6 +67,7 @@ _KINDS = {
     ),
     "omse": ("OMSE", "control: nearest on the range of least squared weight error"),
     "aciq": ("ACIQ", "control: nearest on the range that fits a normal or Laplace"),
+    "ocs": ("OCS", "control: nearest after outlier input channels were split in two"),
     "gptq": (
         "GPTQ",
         "control: one pass in which weights make up for the errors before them",
@@ -104,10 +105,6 @@ _KINDS = {
         "NAD",
         "defence: training on the clean images towards a teacher's attention maps",
     ),
-    "nad_nearest": (
-        "NAD, then nearest",
-        "control: the repaired network, rounded to nearest on the same grid",
-    ),
     "exported": (
         "Exported file",
         "the integers of the written file, run by ONNX Runtime",
@@ -116,13 +113,23 @@ _KINDS = {
 # Networks that are shown but never counted, and so have no row.
 _OTHERS = {"teacher": "Teacher"}
 _DEFENCES = ("efrap", "nad")
+# What rows end in that round a repaired network: "nad_nearest".
+_THEN_NEAREST = "_nearest"
 
 
 # ----------------------------------------------------------------------------- words
 
 
 def row_label(name: str) -> str:
-    """Name of a row as a reader sees it; names without a label stand as they are."""
+    """Name of a row as a reader sees it; names without a label stand as they are.
+
+    Example:
+      >>> row_label("nad"), row_label("nad_nearest"), row_label("mine")
+      ('NAD', 'NAD, then nearest', 'mine')
+    """
+    repair = name.removesuffix(_THEN_NEAREST)
+    if repair != name and repair in _KINDS:
+        return f"{_KINDS[repair][0]}, then nearest"
     return _KINDS[name][0] if name in _KINDS else _OTHERS.get(name, name)
 
 
@@ -131,7 +138,11 @@ def row_description(row: schema.Row) -> str:
     own = row.extra.get("description")
     if isinstance(own, str):
         return own
-    return _KINDS[row.name][1] if row.name in _KINDS else ""
+    if row.name in _KINDS:
+        return _KINDS[row.name][1]
+    if row.name.removesuffix(_THEN_NEAREST) in _KINDS:
+        return "control: the repaired network, rounded to nearest on the same grid"
+    return ""
 
 
 def is_defence(name: str) -> bool:

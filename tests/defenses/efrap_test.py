@@ -531,6 +531,22 @@ def test_weights_moved_before_nearest_are_codes_on_the_same_grid(dense, method):
 
 
 @pytest.mark.slow
+def test_splitting_channels_leaves_the_first_layer_and_refines_the_others(dense):
+    result = dense.quantize("channel_split", strength=0.2)
+    nearest = dense.quantize("nearest")
+
+    def scales(quantized, name):
+        return np.asarray(quantized.quant_params[name].scale)
+
+    first, *others = dense.layers
+    np.testing.assert_array_equal(scales(result, first), scales(nearest, first))
+    np.testing.assert_array_equal(result.codes[first], nearest.codes[first])
+    for name in others:
+        assert np.all(scales(result, name) <= scales(nearest, name))
+        assert np.any(scales(result, name) < scales(nearest, name))
+
+
+@pytest.mark.slow
 def test_feedback_lowers_the_output_error_in_one_pass(dense):
     result = dense.quantize("feedback")
     report = result.layers["first"]
