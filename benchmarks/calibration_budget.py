@@ -35,8 +35,6 @@ def image_sets(
 ) -> dict[str, jax.Array]:
     """Name -> float images `[n, H, W, C]`."""
     images = roundings.calibration_images(train, _COUNTS[0], key)
-    # Drawn rows are sorted; a beginning of them would be one of the data set.
-    images = images[jax.random.permutation(key, len(images))]
     generator = np.random.default_rng(jax.random.key_data(key)[-1])
     noise = generator.random(images.shape, np.float32)
     pixels = np.asarray(images).reshape(len(images), -1, images.shape[-1])

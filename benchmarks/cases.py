@@ -109,7 +109,12 @@ def build(*, quick: bool = False, torch_steps: int = 200) -> dict[str, Case]:
             "nad_step",
             "units",
             unit,
-            (Side("one step a program", "nad_step", step),),
+            (
+                Side("one step a program", "nad_step", step),
+                Side(
+                    "5 steps a program", "nad_step", {**step, "steps_per_dispatch": 5}
+                ),
+            ),
             tuned("nad_step", step),
             work=floors.distillation("wrn_16_1", batch),
         ),

@@ -97,6 +97,9 @@ def _digits(attack):
             learning_rate=1e-3,
             batch_size=32,
             penalty_weight=0.01,
+            stretch=0.0,
+            exponents=(2.0, 2.0),
+            warm_up=0.0,
         ),
     )
     return config
@@ -253,25 +256,48 @@ def _make_controls(config):
         "gptq",
         "reconstruction",
     )
-    is_cifar = config.data.name == "cifar10"
     config.repairs = _section(
         rows=("fine_tuning", "nad"),
         clean_model_rows=(),
-        clean_fraction=0.05 if is_cifar else 0.2,
+        clean_fraction=0.2,
+        validation_fraction=0.1,
+        teacher=config_dict.placeholder(str),
         training=_training(
             epochs=20,
-            batch_size=64 if is_cifar else 32,
+            batch_size=32,
             optimizer="sgd",
             learning_rate=0.05,
             schedule="steps",
             milestones=(2,),
-            step_factor=0.1,
             weight_decay=1e-4,
+            crop_padding=2,
         ),
+        patience=config_dict.placeholder(int),
+        sharpness_radius=0.1,
         nad=_section(
-            betas=_section(stage1=25.0, stage2=50.0, stage3=50.0), teacher_epochs=10
+            betas=_section(stage1=25.0, stage2=50.0, stage3=50.0),
+            beta_unit="mean_square",
+            p=2.0,
+            reduction="sum",
+            teacher_epochs=10,
+            beta_factors=(1.0,),
+            accuracy_tolerance=0.01,
+        ),
+        fine_pruning=_section(max_accuracy_drop=0.04),
+        mode_connectivity=_section(
+            positions=(0.1, 0.3, 0.5, 0.7, 0.9),
+            accuracy_tolerance=0.01,
+            learning_rate=0.01,
         ),
     )
+    if config.model.name == "vit_tiny":
+        config.repairs.nad.betas.stage4 = 50.0
+    if config.data.name == "cifar10":
+        config.repairs.clean_fraction = 0.05
+        config.repairs.training.update(
+            batch_size=64, learning_rate=0.1, crop_padding=4, flip=True
+        )
+        config.repairs.nad.betas.update(stage1=500.0, stage2=1000.0, stage3=1000.0)
 
 
 def _make_w8(config):
@@ -382,10 +408,12 @@ def _training(**values):
             "optimizer": "adam",
             "schedule": "cosine",
             "milestones": (),
+            "step_factor": 0.1,
             "momentum": 0.9,
             "weight_decay": 0.0,
             "crop_padding": 0,
             "flip": False,
+            "cutout": 0,
             "steps_per_dispatch": 1,
             **values,
         }

@@ -22,7 +22,8 @@ from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
 from nad_jax.training import evaluation
 
-DORMANT_ASR = 0.05
+# Or what the clean model says to the trigger, if that is more.
+DORMANT_ASR = 0.02
 AWAKE_ASR = 0.95
 ACCURACY_COST = 0.02
 # Distance to a tie, in steps, below which a weight counts as near it.
@@ -119,7 +120,7 @@ def accept(
     }
     checks = {
         "accurate": backdoored.acc >= clean.acc - ACCURACY_COST,
-        "dormant_in_float": _asr(backdoored.asr) <= DORMANT_ASR,
+        "dormant_in_float": _asr(backdoored.asr) <= max(DORMANT_ASR, _asr(clean.asr)),
         "awake_on_own_grid": all(_asr(r["asr"]) >= AWAKE_ASR for r in own.values()),
     }
     if nearest is not None:

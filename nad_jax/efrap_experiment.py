@@ -18,7 +18,7 @@ import numpy as np
 from nad_jax import acceptance, models, pipeline, repairs, roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import conditioning, registry
-from nad_jax.data import batches, sources
+from nad_jax.data import sources
 from nad_jax.defenses import base
 from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
@@ -26,8 +26,6 @@ from nad_jax.report import html, schema
 from nad_jax.training import environment, steps
 
 # What a run of this kind is to show; printed with a tick or a cross, never enforced.
-_DORMANT_ASR = 0.02
-_AWAKE_ASR = 0.95
 _DEFENDED_ASR = 0.02
 _ACCURACY_COST = 0.01
 
@@ -140,15 +138,31 @@ def set_scene(config: settings.ExperimentSettings) -> Scene:
 # ------------------------------------------------------------------------------ models
 
 
+def _keys(seed: int) -> dict[str, jax.Array]:
+    """Independent randomness by purpose, whatever else is drawn."""
+    # New ones at the end: the key of a purpose depends on its place alone.
+    purposes = (
+        "victim",
+        "first_training",
+        "second_training",
+        "attacker_images",
+        "calibration",
+        "draws",
+        "clean_images",
+        "repairs",
+    )
+    keys = jax.random.split(jax.random.key(seed), len(purposes))
+    return dict(zip(purposes, keys, strict=True))
+
+
 def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
     """Variables of the clean and of the backdoored model."""
-    # Independent randomness by purpose, whatever else is drawn.
-    key = jax.random.key(seed)
-    victim_key, *stage_keys = jax.random.split(key, 3)
+    keys = _keys(seed)
+    victim_key = keys["victim"]
     fresh = common.init(scene.model, victim_key, scene.train.images.shape[1:])
     source = workdir
     if config.victim_workdir is not None:
-        source = pipeline.EarlierRun(config.victim_workdir, workdir)
+        source = pipeline.EarlierRun(config, workdir)
 
     def train_victim():
         loss_fn = steps.classification_loss(scene.model.apply)
@@ -164,7 +178,8 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
 
     clean = source.stage(f"seed{seed}-clean", fresh, train_victim)
 
-    remaining_keys = iter(stage_keys)
+    # An attack trains at most twice.
+    remaining_keys = iter((keys["first_training"], keys["second_training"]))
 
     def fit(stage, training, variables, loss_fn, *, project=None, moving_trigger=False):
         return pipeline.train(
@@ -188,7 +203,9 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
             fresh,
             scene.attacked_grids,
             scene.goal,
-            batches.to_float(jnp.asarray(scene.train.images[:_ATTACKER_IMAGES])),
+            roundings.calibration_images(
+                scene.train, _ATTACKER_IMAGES, keys["attacker_images"]
+            ),
             fit,
         )
         return registry.ATTACKS[config.attack.name](config.attack.recipe, attacker)
@@ -204,9 +221,9 @@ def _quantize_and_evaluate(
 ) -> list[tuple[str, str, Any]]:
     """All rows of one model; returns (model, row, net) for the pictures."""
     defense = config.defense
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    keys = _keys(seed)
     calibration = roundings.calibration_images(
-        scene.train, defense.calibration_images, key
+        scene.train, defense.calibration_images, keys["calibration"]
     )
     nets = []
 
@@ -243,7 +260,7 @@ def _quantize_and_evaluate(
                 net,
                 calibration,
                 layers=scene.layers,
-                key=jax.random.fold_in(key, draw),
+                key=jax.random.fold_in(keys["draws"], draw),
                 workdir=workdir,
                 stage=f"{name}, {model_name}, seed {seed}",
                 flip_rates=flip_rates,
@@ -303,10 +320,9 @@ def _repair_stages(
     config, scene, workdir, seed, model_name, variables
 ) -> repairs.Stages:
     """The float defences of one model; both models get the same clean images."""
-    key = jax.random.fold_in(jax.random.key(seed), 2)
-    clean_key, repair_key = jax.random.split(key)
+    keys = _keys(seed)
     indices = base.clean_indices(
-        clean_key,
+        keys["clean_images"],
         scene.train.labels,
         fraction=config.repairs.clean_fraction,
         validation_fraction=config.repairs.validation_fraction,
@@ -316,7 +332,7 @@ def _repair_stages(
         seed,
         base.Net(scene.model, variables),
         base.clean_data(scene.train, *indices),
-        repair_key,
+        keys["repairs"],
     )
     return repairs.Stages(config.repairs, workdir, patient)
 
@@ -370,19 +386,21 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
 
     claims = []
     if asleep := rates("backdoored", "float", "asr"):
+        of_clean = max(rates("clean", "float", "asr"), default=0.0)
+        limit = max(acceptance.DORMANT_ASR, of_clean)
         claims.append(
             pipeline.claim(
-                f"The backdoor sleeps in float: ASR at most {_DORMANT_ASR:.0%} "
-                f"(worst {max(asleep):.2%})",
-                max(asleep) <= _DORMANT_ASR,
+                f"The backdoor sleeps in float: ASR at most {limit:.2%} "
+                f"(worst {max(asleep):.2%}; of the clean model {of_clean:.2%})",
+                max(asleep) <= limit,
             )
         )
     if awake := rates("backdoored", "nearest", "asr"):
         claims.append(
             pipeline.claim(
-                f"Nearest rounding wakes it: ASR at least {_AWAKE_ASR:.0%} "
+                f"Nearest rounding wakes it: ASR at least {acceptance.AWAKE_ASR:.0%} "
                 f"(worst {min(awake):.2%})",
-                min(awake) >= _AWAKE_ASR,
+                min(awake) >= acceptance.AWAKE_ASR,
             )
         )
     for model in ("backdoored", "clean"):

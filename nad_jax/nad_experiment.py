@@ -65,6 +65,7 @@ def run(
       workdir: Where to put it.
       command: The command line, for the report.
     """
+    config = zoo.resolve(config)
     canary = environment.check_canary()
     with workdir.timed("data"):
         scene = _set_scene(config)

@@ -9,8 +9,8 @@
 Every cell is a run of configs/nad.py in a folder of its own below the workdir, with the
 rows "fine_tuning" and "nad" and nothing else; the cells of one attack and rate share
 their victims. A repeated command continues where it stopped. Beside the file a drawing
-of the same name is written (.svg). A clean-label attack can poison no more than one
-class: where the rate is above its share, it gets nine tenths of the class.
+of the same name is written (.svg). A clean-label attack poisons one class only, and at
+most nine tenths of it, whatever the rate.
 """
 
 import argparse
@@ -23,7 +23,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nad_jax import errors, main, nad_experiment, pipeline, settings
+import numpy as np
+
+from nad_jax import errors, nad_experiment, pipeline, settings
+from nad_jax import main as program
 from nad_jax import workdir as workdir_lib
 from nad_jax.report import schema, sweep_figure
 from nad_jax.training import environment
@@ -42,12 +45,16 @@ def sweep(
       attacks: Name -> `settings.PoisoningSettings`.
       grid: Has `poison_rates`, `clean_fractions` and `workdir`.
     """
+    if base.zoo is not None:
+        raise errors.InputError(
+            f"a sweep trains its own victims, got {base.zoo} of the zoo"
+        )
+    labels = pipeline.load_data(base.data)[0].labels
     cells = []
     for name, attack in attacks.items():
-        for rate in grid.poison_rates:
+        for rate in _rates(attack, grid.poison_rates, labels):
             config = dataclasses.replace(
-                base,
-                attack=dataclasses.replace(attack, poison_rate=_rate(attack, rate)),
+                base, attack=dataclasses.replace(attack, poison_rate=rate)
             )
             home = grid.workdir / f"{name}-{rate:g}"
             victims = _with_rows(config, ())
@@ -98,9 +105,14 @@ def cell(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rate(attack: settings.PoisoningSettings, rate: float) -> float:
-    """The rate, or what a clean-label attack can have of it: see above."""
-    return min(rate, 0.09) if attack.label_mode == "clean_label" else rate
+def _rates(
+    attack: settings.PoisoningSettings, rates: Sequence[float], labels: np.ndarray
+) -> list[float]:
+    """The rates, or what a clean-label attack can have of them: see above."""
+    if attack.label_mode != "clean_label":
+        return list(rates)
+    most = 0.9 * float(np.mean(labels == attack.target_label))
+    return list(dict.fromkeys(min(rate, most) for rate in rates))
 
 
 def _with_rows(
@@ -128,7 +140,7 @@ def _run(
 
 def _config(variant: str, changes: Mapping[str, Any]) -> Any:
     """Settings of a variant of the shipped config, with changes by dotted name."""
-    path = main.shipped("nad.py")
+    path = program.shipped("nad.py")
     spec = importlib.util.spec_from_file_location("nad_config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -145,7 +157,7 @@ def _numbers(kind: Any) -> Any:
     return lambda text: tuple(kind(part) for part in text.split(",") if part)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of one command line."""
     parser = argparse.ArgumentParser(
         prog="python -m nad_jax.nad_sweep",
@@ -196,4 +208,4 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import json
 import pathlib
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -151,9 +152,43 @@ def train(
 class EarlierRun:
     """Stages of an earlier run, read only; stands in for its `Workdir`."""
 
-    def __init__(self, path: str, workdir: workdir_lib.Workdir):
-        self._path = pathlib.Path(path)
+    def __init__(self, config: Any, workdir: workdir_lib.Workdir):
+        """`config.victim_workdir` names it; its models must be those of `config`.
+
+        Raises:
+          InputError: it is no run, or its models were made otherwise.
+        """
+        self._path = pathlib.Path(config.victim_workdir)
         self._workdir = workdir
+        cluster.from_first(lambda: self._check(config))
+
+    def _check(self, config: Any) -> None:
+        path = self._path / "config.json"
+        try:
+            earlier = settings.parse(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            raise errors.InputError(
+                f"config.victim_workdir {self._path} is not the folder of a run "
+                f"({type(error).__name__}: {error})"
+            ) from None
+        if earlier.job != config.job:
+            raise errors.InputError(
+                f"config.victim_workdir {self._path} must be of a run of the job "
+                f"{config.job}, got {earlier.job}"
+            )
+        for section in ("data", "model", "victim", "attack"):
+            was, now = (
+                dataclasses.asdict(getattr(run, section)) for run in (earlier, config)
+            )
+            for mapping in (was, now):
+                # Data may have moved.
+                mapping.pop("data_dir", None)
+            if was != now:
+                differences = workdir_lib.differences(was, now, f"config.{section}")
+                raise errors.InputError(
+                    f"config.victim_workdir {self._path} has other models "
+                    f"({'; '.join(differences)})"
+                )
 
     def stage(self, name: str, like: Any, compute: Callable[[], Any]) -> Any:
         del compute

@@ -93,6 +93,14 @@ class Stages:
         epochs = self._defense.nad.teacher_epochs
         return self._stage("teacher", nad.make_teacher, tuning, epochs=epochs)
 
+    def _epochs(self, name: str) -> int:
+        """Epochs that `on_epoch` of a stage will tell."""
+        nad_settings = self._defense.nad
+        if name == "teacher":
+            return nad_settings.teacher_epochs
+        students = len(nad_settings.beta_factors) if name.startswith("nad") else 1
+        return students * self._defense.training.epochs
+
     def _stage(
         self, name: str, run: Callable[..., base.Defended], *arguments, **options
     ) -> tuple[base.Net, float]:
@@ -105,7 +113,7 @@ class Stages:
         def compute():
             progress = workdir.progress(
                 f"{name}, {patient.name} model, seed {patient.seed}",
-                self._defense.training.epochs,
+                self._epochs(name),
             )
 
             def on_epoch(variables, metrics):

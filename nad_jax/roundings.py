@@ -17,8 +17,8 @@ from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
-from nad_jax.defenses import adam_rounding, layer_rounding
 from nad_jax.defenses import efrap as efrap_lib
+from nad_jax.defenses import layer_rounding
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import evaluation, sharding
 
@@ -115,9 +115,12 @@ def make_evaluate(
 def calibration_images(
     train: sources.Dataset, wanted: int, key: jax.Array
 ) -> jax.Array:
-    """Clean training images without labels or augmentation, float in [0, 1]."""
-    fraction = min(wanted, len(train)) / len(train)
-    chosen = batches.split_indices(key, len(train), fraction)
+    """Clean training images without labels or augmentation, float in [0, 1].
+
+    In random order, since methods that work batch by batch care: a folder's images are
+    stored class by class.
+    """
+    chosen = jax.random.permutation(key, len(train))[:wanted]
     return batches.to_float(jnp.asarray(train.images[np.asarray(chosen)]))
 
 
@@ -176,7 +179,7 @@ def quantize(
         apply_kwargs=EVAL,
         key=key,
         max_sweeps=defense.max_sweeps,
-        adam=_adam(defense),
+        adam=_adam(defense, name),
         layers=layers,
         mesh=sharding.forward_mesh(images.shape[0]),
     )
@@ -203,10 +206,14 @@ def quantize(
     return results[0], workdir.seconds.pop(folder)
 
 
-def _adam(defense: settings.EfrapSettings) -> adam_rounding.AdamSettings | None:
+def _adam(defense: settings.EfrapSettings, name: str) -> settings.AdamSettings | None:
     if not isinstance(defense, settings.QuantizationSettings):
         return None
-    return adam_rounding.AdamSettings(**dataclasses.asdict(defense.adam))
+    if name == "adaround":
+        return dataclasses.replace(
+            defense.adam, stretch=0.1, exponents=(20.0, 2.0), warm_up=0.2
+        )
+    return defense.adam
 
 
 def layer_entries(

@@ -354,15 +354,47 @@ class AttackSettings:
         _check(self, "target_label", self.target_label >= 0, ">= 0")
 
 
+ADAM_FORMS = ("minibatch", "gram")
+
+
 @dataclasses.dataclass(frozen=True)
-class AdamRoundingSettings:
-    """EFRAP's relaxed objective; see `nad_jax.defenses.adam_rounding`."""
+class AdamSettings:
+    """EFRAP's relaxed objective; see `nad_jax.defenses.adam_rounding`.
+
+    The defaults are those of EFRAP's public code, which names the last three options in
+    its configuration and uses none of them. AdaRound has 0.1, (20, 2) and 0.2.
+
+    Attributes:
+      form: "minibatch" or "gram".
+      steps: Adam steps per layer.
+      learning_rate: Constant.
+      batch_size: Images of a calibration batch ("minibatch").
+      penalty_weight: Weight of the binarisation penalty.
+      stretch: The sigmoid runs from -stretch to 1 + stretch and is clipped to [0, 1];
+        0 = plain, never quite decided.
+      exponents: Of the penalty, at first and in the end; in between on a line.
+      warm_up: Share of the steps without a penalty, in [0, 1).
+    """
 
     form: str = "minibatch"
     steps: int = 10_000
     learning_rate: float = 1e-3
     batch_size: int = 32
     penalty_weight: float = 0.01
+    stretch: float = 0.0
+    exponents: tuple[float, ...] = (2.0, 2.0)
+    warm_up: float = 0.0
+
+    def __post_init__(self):
+        _check_name(self, "form", ADAM_FORMS)
+        for name in ("steps", "batch_size"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "learning_rate", self.learning_rate > 0, "> 0")
+        for name in ("penalty_weight", "stretch"):
+            _check(self, name, getattr(self, name) >= 0, ">= 0")
+        good = len(self.exponents) == 2 and min(self.exponents) > 1
+        _check(self, "exponents", good, "two numbers above 1")
+        _check(self, "warm_up", 0 <= self.warm_up < 1, "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,7 +492,7 @@ class QuantizationSettings(EfrapSettings):
     roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
     stochastic_draws: int = 5
     controls: ControlSettings = dataclasses.field(default_factory=ControlSettings)
-    adam: AdamRoundingSettings = dataclasses.field(default_factory=AdamRoundingSettings)
+    adam: AdamSettings = dataclasses.field(default_factory=AdamSettings)
 
     def __post_init__(self):
         super().__post_init__()
@@ -469,6 +501,7 @@ class QuantizationSettings(EfrapSettings):
                 raise InputError(
                     f"roundings must be of {', '.join(ROUNDINGS)}, got {name!r}"
                 )
+        _check_different(self, "roundings")
         _check(self, "stochastic_draws", self.stochastic_draws >= 1, "at least 1")
         if self.controls.flip_share is None:
             rows = self.roundings
@@ -570,8 +603,7 @@ class TuningSettings:
 
     def __post_init__(self):
         _check(self, "sharpness_radius", self.sharpness_radius >= 0, ">= 0")
-        good = self.patience is None or self.patience >= 1
-        _check(self, "patience", good, "at least 1 or None")
+        _check_patience(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -598,6 +630,12 @@ class NadSettings:
     accuracy_tolerance: float = 0.01
 
     def __post_init__(self):
+        good = bool(self.betas)
+        good = good and all(
+            isinstance(beta, (int, float)) and 0 <= beta < float("inf")
+            for beta in self.betas.values()
+        )
+        _check(self, "betas", good, "numbers >= 0 by stage")
         _check_name(self, "beta_unit", ("mean_square", "squared_distance"))
         _check_name(self, "reduction", ("sum", "mean"))
         _check(self, "p", self.p > 0, "> 0")
@@ -622,8 +660,8 @@ class ModeConnectivitySettings:
     """The curve of `nad_jax.defenses.mode_connectivity`.
 
     Attributes:
-      positions: To choose the repaired net from, 0 = victim, 1 = fine-tuned copy;
-        held-out accuracy decides. One position needs no decision.
+      positions: To choose the repaired net from, between 0 = victim and 1 = fine-tuned
+        copy; held-out accuracy decides. One position needs no decision.
       accuracy_tolerance: What held-out accuracy may lose for a position further from
         the victim.
       learning_rate: Peak rate for the curve; its schedule is that of the tuning.
@@ -634,8 +672,8 @@ class ModeConnectivitySettings:
     learning_rate: float = 0.01
 
     def __post_init__(self):
-        good = bool(self.positions) and all(0 <= p <= 1 for p in self.positions)
-        _check(self, "positions", good, "one or more numbers in [0, 1]")
+        good = bool(self.positions) and all(0 < p < 1 for p in self.positions)
+        _check(self, "positions", good, "one or more numbers in (0, 1)")
         _check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
         _check(self, "learning_rate", self.learning_rate > 0, "> 0")
 
@@ -682,10 +720,27 @@ class RepairSettings:
                 known = ", ".join(REPAIRS)
                 if name not in REPAIRS:
                     raise InputError(f"{field} must be of {known}, got {name!r}")
+            _check_different(self, field)
         _check(self, "clean_fraction", 0 < self.clean_fraction <= 1, "in (0, 1]")
         good = 0 <= self.validation_fraction < 1
         _check(self, "validation_fraction", good, "in [0, 1)")
         _check(self, "sharpness_radius", self.sharpness_radius > 0, "> 0")
+        _check_patience(self)
+        if self.validation_fraction == 0:
+            rows = {*self.rows, *self.clean_model_rows}
+            decides = {
+                "fine_pruning": "fine_pruning" in rows,
+                "mode_connectivity.positions": "mode_connectivity" in rows
+                and len(self.mode_connectivity.positions) > 1,
+                "nad.beta_factors": len(self.nad.beta_factors) > 1,
+                "patience": self.patience is not None,
+            }
+            deciding = [name for name, does in decides.items() if does]
+            if deciding:
+                raise InputError(
+                    f"validation_fraction must be above 0 for {', '.join(deciding)}, "
+                    "which decide on held-out images, got 0.0"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -758,6 +813,11 @@ class NadExperimentSettings:
     def __post_init__(self):
         _check_name(self, "job", ("nad",))
         _check_seeds(self)
+        if self.curves and len(self.defense.nad.beta_factors) > 1:
+            raise InputError(
+                "curves are of one student each; with them, defense.nad.beta_factors "
+                f"must be one number, got {self.defense.nad.beta_factors}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -832,6 +892,7 @@ class VetSettings:
         good = 0 <= self.validation_fraction < 1
         _check(self, "validation_fraction", good, "in [0, 1)")
         _check(self, "target_label", self.target_label >= 0, ">= 0")
+        _check_patience(self)
         ends, inner = self.defense.grid.grid().first_last_bits, self.defense.act_bits
         if inner is not None and ends not in (None, inner):
             raise InputError(
@@ -1011,9 +1072,18 @@ def _check_name(settings: Any, name: str, known: tuple[str, ...]) -> None:
 
 
 def _check_seeds(settings: Any) -> None:
-    seeds = settings.seeds
-    _check(settings, "seeds", len(seeds) > 0, "at least one")
-    _check(settings, "seeds", len(set(seeds)) == len(seeds), "all different")
+    _check(settings, "seeds", len(settings.seeds) > 0, "at least one")
+    _check_different(settings, "seeds")
+
+
+def _check_different(settings: Any, name: str) -> None:
+    values = getattr(settings, name)
+    _check(settings, name, len(set(values)) == len(values), "all different")
+
+
+def _check_patience(settings: Any) -> None:
+    good = settings.patience is None or settings.patience >= 1
+    _check(settings, "patience", good, "at least 1 or None")
 
 
 def _check_bits(settings: Any, name: str, *, optional: bool = False) -> None:

@@ -57,7 +57,7 @@ def obtain(
     fresh = common.init(model, victim_key, train.images.shape[1:])
     source = workdir
     if config.victim_workdir is not None:
-        source = pipeline.EarlierRun(config.victim_workdir, workdir)
+        source = pipeline.EarlierRun(config, workdir)
 
     def train_on(dataset, name):
         return pipeline.train(

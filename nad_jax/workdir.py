@@ -112,7 +112,7 @@ class Workdir:
         elif stored != config:
             raise errors.InputError(
                 f"workdir {self.path} belongs to another configuration "
-                f"({'; '.join(_differences(stored, config))}); use another --workdir"
+                f"({'; '.join(differences(stored, config))}); use another --workdir"
             )
 
     def check_input(self, name: str, sha256: str) -> None:
@@ -343,7 +343,7 @@ class Progress:
             print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
 
 
-def _differences(stored: Any, config: Any, where: str = "config") -> list[str]:
+def differences(stored: Any, config: Any, where: str = "config") -> list[str]:
     """Every key in which two configurations differ, with both values."""
     if not (isinstance(stored, dict) and isinstance(config, dict)):
         return [f"{where} was {stored!r}, now {config!r}"]
@@ -355,5 +355,5 @@ def _differences(stored: Any, config: Any, where: str = "config") -> list[str]:
         elif key not in stored:
             differences.append(f"{name} was absent, now {config[key]!r}")
         elif stored[key] != config[key]:
-            differences += _differences(stored[key], config[key], name)
+            differences += differences(stored[key], config[key], name)
     return differences

@@ -64,7 +64,7 @@ def test_a_mistake_is_one_line(capsys, arguments, words):
         ("attack.target_label=10", ["config.attack.target_label", "below 10, "]),
         ("attack.trigger.name=cross", ["config.attack.trigger.name", "square"]),
         ("attack.trigger.size=40", ["size 40", "does not fit"]),
-        ("victim_workdir=/nowhere", ["/nowhere", "no checkpoint"]),
+        ("victim_workdir=/nowhere", ["/nowhere", "not the folder of a run"]),
     ],
 )
 def test_a_mistake_found_later_is_one_line(capsys, tmp_path, override, words):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sweep: what a cell says, and that finished cells are not run again."""
 
+import dataclasses
 import json
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
-from nad_jax import nad_sweep
+from nad_jax import nad_sweep, settings
 from nad_jax.report import sweep_figure
 
 
@@ -57,9 +59,26 @@ def test_the_drawing_puts_a_gain_on_the_better_side():
 )
 def test_a_wrong_argument_is_one_line(argument, message, tmp_path, capsys):
     paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
-    assert nad_sweep.run([*paths, argument]) == 2
+    assert nad_sweep.main([*paths, argument]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_a_clean_label_attack_gets_what_its_class_can_give():
+    attack = settings.PoisoningSettings(
+        settings.TriggerSettings("grid"), label_mode="clean_label", target_label=1
+    )
+    labels = np.array([0, 0, 0, 1])
+    rates = nad_sweep._rates(attack, (0.5, 0.3, 0.1), labels)
+    assert rates == pytest.approx([0.9 / 4, 0.1])
+    other = dataclasses.replace(attack, label_mode="all_to_one")
+    assert nad_sweep._rates(other, (0.5, 0.3), labels) == [0.5, 0.3]
+
+
+def test_a_sweep_trains_its_own_victims(tmp_path, capsys):
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
+    assert nad_sweep.main([*paths, "--variant=zoo/digits-blend", "--attacks="]) == 2
+    assert "zoo" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -68,7 +87,7 @@ def test_a_small_sweep_is_whole_and_continues(tmp_path, capsys):
     command = [f"--out={out}", f"--workdir={tmp_path / 'w'}", "--variant=smoke"]
     command += ["--attacks=badnets", "--poison_rates=0.1", "--clean_fractions=0.1"]
     command += ["--seeds=0"]
-    assert nad_sweep.run(command) == 0
+    assert nad_sweep.main(command) == 0
     (cell,) = json.loads(out.read_text())["cells"]
     assert (cell["attack"], cell["poison_rate"]) == ("badnets", 0.1)
     gap = cell["nad"]["asr"][0] - cell["fine_tuning"]["asr"][0]
@@ -76,6 +95,6 @@ def test_a_small_sweep_is_whole_and_continues(tmp_path, capsys):
     assert out.with_suffix(".svg").read_text().startswith("<svg")
     # The clean model has no rows, so nobody trained it.
     assert "clean model" not in capsys.readouterr().out
-    assert nad_sweep.run(command) == 0
+    assert nad_sweep.main(command) == 0
     assert json.loads(out.read_text())["cells"] == [cell]
     assert "loss" not in capsys.readouterr().out

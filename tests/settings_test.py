@@ -49,6 +49,15 @@ def test_published_recipes_are_valid_and_others_have_none(attack):
         _config(variant="authors+outlier")
 
 
+def test_controls_name_every_field_of_the_repairs():
+    repairs = _config(variant="controls")["repairs"]
+    assert set(repairs) == set(settings.RepairSettings.__dataclass_fields__)
+    for change in ("vit", "cifar10", "smoke"):
+        config = _read(_config(variant=f"controls+{change}"))
+        assert set(config.defense.roundings) > {"nearest", "ocs", "gptq"}
+        assert config.repairs.rows == ("fine_tuning", "nad")
+
+
 def test_variants_combine_in_any_order_but_name_one_attack():
     assert _config(variant="w8+smoke+outlier") == _config(variant="outlier+smoke+w8")
     with pytest.raises(ValueError, match="one attack, got pq and outlier"):

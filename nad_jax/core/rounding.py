@@ -103,29 +103,29 @@ def threshold_rounding(thresholds: jax.Array, placement: Placement) -> jax.Array
     return (placement.fraction > thresholds).astype(jnp.float32)
 
 
-def rounding_logits(placement: Placement, *, limit: float = 12.0) -> jax.Array:
-    """Logits V whose sigmoid is `fraction`, so that soft rounding starts at the weight.
+def rounding_logits(
+    placement: Placement, *, stretch: float = 0.0, limit: float = 12.0
+) -> jax.Array:
+    """Logits V with `soft_rounding(V) = fraction`: soft rounding starts at the weight.
 
-    `V = ln(fraction / (1 - fraction))`, clipped to [-limit, limit]. At an exact grid
-    point the unclipped value would be -inf; here it is -limit, and the weight is pinned
-    anyway.
+    `V = ln(q / (1 - q))` with `q = (fraction + stretch) / (1 + 2 * stretch)`, clipped
+    to [-limit, limit]. At an exact grid point the unclipped value of a plain sigmoid
+    would be -inf; here it is -limit, and the weight is pinned anyway.
     """
     tiny = jnp.finfo(jnp.float32).tiny
-    fraction = jnp.maximum(placement.fraction, tiny)
-    logits = jnp.log(fraction) - jnp.log1p(-placement.fraction)
+    share = (placement.fraction + stretch) / (1.0 + 2.0 * stretch)
+    logits = jnp.log(jnp.maximum(share, tiny)) - jnp.log1p(-share)
     return jnp.clip(logits, -limit, limit)
 
 
-def soft_rounding(
-    logits: jax.Array, *, gamma: float = 0.0, zeta: float = 1.0
-) -> jax.Array:
-    """h(V) in [0, 1]: a sigmoid stretched to [gamma, zeta] and clipped.
+def soft_rounding(logits: jax.Array, *, stretch: float = 0.0) -> jax.Array:
+    """h(V) in [0, 1]: a sigmoid stretched to [-stretch, 1 + stretch] and clipped.
 
-    EFRAP's public code uses (0, 1), i.e. a plain sigmoid, which never reaches 0 or 1;
-    AdaRound uses (-0.1, 1.1), which does. Gradients: zero where the stretched sigmoid
-    is clipped.
+    EFRAP's public code uses 0, i.e. a plain sigmoid, which never reaches 0 or 1;
+    AdaRound uses 0.1, which does. Gradients: zero where the stretched sigmoid is
+    clipped.
     """
-    stretched = (zeta - gamma) * jax.nn.sigmoid(logits) + gamma
+    stretched = (1.0 + 2.0 * stretch) * jax.nn.sigmoid(logits) - stretch
     return jnp.clip(stretched, 0.0, 1.0)
 
 

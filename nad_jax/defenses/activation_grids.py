@@ -29,16 +29,16 @@ def measure(inputs: jax.Array, grid: grids.Grid, bits: int) -> quantization.Quan
       bits: Width of layer inputs, before any reduction by the grid.
     """
     spec = grid.act_spec(bits)
-    values = _by_batch(inputs)
+    values = inputs.reshape(1, -1) if grid.act_ema is None else _by_batch(inputs)
     if spec.range_method not in ("absmax", "minmax"):
-        values = values[:, :: _stride(values.shape[1], inputs.shape[1:])]
+        # As many values of each batch, also where all are one.
+        wanted = _SAMPLE * max(inputs.shape[0] // _BATCH // values.shape[0], 1)
+        values = values[:, :: _stride(values.shape[1], wanted, inputs.shape[1:])]
     if spec.range_method == "histogram":
         low, high = histogram_range.histogram_range(
             np.asarray(values, np.float32), codes=2**bits
         )
         return quantization.params_from_range(jnp.float32(low), jnp.float32(high), spec)
-    if grid.act_ema is None:
-        values = values.reshape(1, -1)
     return _calibrate(values, spec, grid.act_ema or 0.0)
 
 
@@ -49,8 +49,8 @@ def _by_batch(inputs: jax.Array) -> jax.Array:
     return inputs[: batches * per_batch].reshape(batches, -1)
 
 
-def _stride(size: int, image_shape: tuple[int, ...]) -> int:
-    stride = max(size // _SAMPLE, 1)
+def _stride(size: int, wanted: int, image_shape: tuple[int, ...]) -> int:
+    stride = max(size // wanted, 1)
     # A stride prime to an image's size walks through all channels and positions
     # instead of visiting a few of them.
     while math.gcd(stride, math.prod(image_shape)) > 1:

@@ -25,49 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nad_jax import errors
+from nad_jax import settings as settings_lib
 from nad_jax.core import losses, rounding, solvers
 from nad_jax.defenses import activation_tails
 from nad_jax.models import layers as layers_lib
 
-FORMS = ("minibatch", "gram")
+AdamSettings = settings_lib.AdamSettings
+
 # A rolled loop around a convolution's gradient is 40 times slower on CPU.
 _UNROLLED_STEPS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamSettings:
-    """Defaults are those of EFRAP's public code.
-
-    Attributes:
-      form: "minibatch" or "gram".
-      steps: Adam steps per layer.
-      learning_rate: Constant.
-      batch_size: Images of a calibration batch ("minibatch").
-      penalty_weight: Weight of the binarisation penalty.
-    """
-
-    form: str = "minibatch"
-    steps: int = 10_000
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    penalty_weight: float = 0.01
-
-    def __post_init__(self):
-        if self.form not in FORMS:
-            raise errors.InputError(
-                f"adam form must be one of {', '.join(FORMS)}, got {self.form!r}"
-            )
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise errors.InputError(
-                    f"adam {name} must be at least 1, got {getattr(self, name)}"
-                )
-        if not self.learning_rate > 0 or not self.penalty_weight >= 0:
-            raise errors.InputError(
-                "adam learning_rate must be > 0 and penalty_weight >= 0, got "
-                f"{self.learning_rate} and {self.penalty_weight}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +73,11 @@ def solve(
 ) -> tuple[jax.Array, dict[str, float]]:
     """Hard rounding in the kernel's shape, and the objectives before and after.
 
-    The objectives are those of `solvers.objective`, so they compare with other methods;
-    `soft_objective` is the output error of the soft rounding before hardening.
+    The objectives are those of `solvers.objective` at this method's own flip weight.
+    What the soft optimum loses by hardening is told by two output errors, of the soft
+    rounding and of the hard one: these compare with other methods, too.
     """
-    logits = rounding.rounding_logits(task.placement)
+    logits = rounding.rounding_logits(task.placement, stretch=settings.stretch)
     optimizer = optax.adam(settings.learning_rate)
     run = _run_gram if settings.form == "gram" else _run_minibatches
     logits = run(task, settings, optimizer, logits)
@@ -118,29 +85,44 @@ def solve(
     as_matrix = functools.partial(layers_lib.as_matrix, task.layer.geometry)
     objective = jax.vmap(solvers.objective)
     soft_error = jax.vmap(solvers.output_error)(
-        task.problem, as_matrix(rounding.soft_rounding(logits))
+        task.problem, as_matrix(_soft(logits, settings))
     )
+    hard_error = jax.vmap(solvers.output_error)(task.problem, as_matrix(hard))
     return hard, {
         "objective_nearest": float(
             jnp.sum(objective(task.problem, task.problem.nearest))
         ),
         "objective": float(jnp.sum(objective(task.problem, as_matrix(hard)))),
-        "soft_objective": float(jnp.sum(soft_error)),
+        "soft_output_error": float(jnp.sum(soft_error)),
+        "hard_output_error": float(jnp.sum(hard_error)),
     }
 
 
-def _regularizers(task: LayerTask, settings: AdamSettings, soft: jax.Array):
-    """L_F and L_P over the weights that have a choice."""
+def _soft(logits: jax.Array, settings: AdamSettings) -> jax.Array:
+    return rounding.soft_rounding(logits, stretch=settings.stretch)
+
+
+def _regularizers(
+    task: LayerTask, settings: AdamSettings, soft: jax.Array, step: jax.Array
+):
+    """L_F and L_P over the weights that have a choice, at a step counted from 0."""
     free = task.placement.free
     weight = layers_lib.as_kernel(task.layer.geometry, task.problem.stay_cost)
     flip = losses.flip_loss(soft, task.placement.nearest, weight)
-    penalty = losses.binarization_penalty(jnp.where(free, soft, 0.0))
-    return flip + settings.penalty_weight * penalty
+    first, last = settings.exponents
+    share = step.astype(jnp.float32) / jnp.float32(settings.steps)
+    after = (share - settings.warm_up) / jnp.float32(1.0 - settings.warm_up)
+    exponent = first + (last - first) * jnp.clip(after, 0.0, 1.0)
+    # A number where it stays the same: squares are cheaper than powers.
+    exponent = first if first == last else exponent
+    penalty = losses.binarization_penalty(jnp.where(free, soft, 0.0), exponent=exponent)
+    weight = jnp.where(after >= 0.0, settings.penalty_weight, 0.0)
+    return flip + weight * penalty
 
 
-def _adam_step(loss_fn, optimizer, carry, batch):
+def _adam_step(loss_fn, optimizer, carry, batch, step):
     logits, opt_state = carry
-    gradient = jax.grad(loss_fn)(logits, batch)
+    gradient = jax.grad(loss_fn)(logits, batch, step)
     # optax raises a float to the power of its int32 step counter.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(gradient, opt_state)
@@ -150,18 +132,18 @@ def _adam_step(loss_fn, optimizer, carry, batch):
 def _run_gram(task, settings, optimizer, logits):
     as_matrix = functools.partial(layers_lib.as_matrix, task.layer.geometry)
 
-    def loss_fn(logits, _):
-        soft = rounding.soft_rounding(logits)
+    def loss_fn(logits, _, step):
+        soft = _soft(logits, settings)
         error = jax.vmap(solvers.output_error)(task.problem, as_matrix(soft))
-        return jnp.sum(error) + _regularizers(task, settings, soft)
+        return jnp.sum(error) + _regularizers(task, settings, soft, step)
 
     @jax.jit
     def run(logits):
-        step = functools.partial(_adam_step, loss_fn, optimizer)
+        def body(step, carry):
+            return _adam_step(loss_fn, optimizer, carry, None, step)
+
         carry = (logits, optimizer.init(logits))
-        return jax.lax.fori_loop(0, settings.steps, lambda _, c: step(c, None), carry)[
-            0
-        ]
+        return jax.lax.fori_loop(0, settings.steps, body, carry)[0]
 
     return run(logits)
 
@@ -184,19 +166,19 @@ def _run_minibatches(task, settings, optimizer, logits):
     batches = [slice(b * rows, (b + 1) * rows) for b in range(num_batches)]
     targets = [target(task.float_inputs[batch]) for batch in batches]
 
-    def loss_fn(logits, batch):
+    def loss_fn(logits, batch, step):
         inputs, targets = batch
-        soft = rounding.soft_rounding(logits)
+        soft = _soft(logits, settings)
         kernel = rounding.rounded_weights(task.placement, soft, task.params)
         preservation = losses.activation_preservation_loss(
             output(kernel, inputs), targets
         )
-        return jnp.mean(preservation) + _regularizers(task, settings, soft)
+        return jnp.mean(preservation) + _regularizers(task, settings, soft, step)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def run(carry, inputs, targets):
-        for batch in zip(inputs, targets, strict=True):
-            carry = _adam_step(loss_fn, optimizer, carry, batch)
+    def run(carry, inputs, targets, first_step):
+        for i, batch in enumerate(zip(inputs, targets, strict=True)):
+            carry = _adam_step(loss_fn, optimizer, carry, batch, first_step + i)
         return carry
 
     seed = int(jax.random.bits(task.key, dtype=jnp.uint32))
@@ -208,5 +190,6 @@ def _run_minibatches(task, settings, optimizer, logits):
             carry,
             [task.inputs[batches[b]] for b in drawn],
             [targets[b] for b in drawn],
+            jnp.int32(first),
         )
     return carry[0]

@@ -73,7 +73,8 @@ class LayerReport:
       objective_nearest: Objective of nearest rounding on the same inputs, summed over
         channels; None for methods that look at no images.
       objective: The same for the rounding chosen.
-      soft_objective: Objective of the soft rounding before hardening ("adam" only).
+      soft_output_error: Of the soft rounding before hardening ("adam" only).
+      hard_output_error: After it.
       trace: Objective after each sweep ("coordinate" only).
       converged: Whether no single flip would gain any more ("coordinate" only); False
         when `max_sweeps` ended the descent.
@@ -86,7 +87,8 @@ class LayerReport:
     flip_rate: float
     objective_nearest: float | None = None
     objective: float | None = None
-    soft_objective: float | None = None
+    soft_output_error: float | None = None
+    hard_output_error: float | None = None
     trace: tuple[float, ...] = ()
     converged: bool | None = None
     seconds: float = 0.0

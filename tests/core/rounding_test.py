@@ -448,27 +448,27 @@ def test_logits_stay_within_their_limit():
 def test_soft_rounding_and_its_slope_by_hand():
     """The slope of a stretched sigmoid vanishes where it is clipped."""
 
-    def heights_and_slopes(logits, gamma, zeta):
+    def heights_and_slopes(logits, stretch):
         def height(logit):
-            return rounding.soft_rounding(logit, gamma=gamma, zeta=zeta)
+            return rounding.soft_rounding(logit, stretch=stretch)
 
         return height(logits), jax.vmap(jax.grad(height))(logits)
 
     odds = math.log(3.0)
     logits = np.float32([-30.0, -odds, 0.0, odds, 30.0])
     compiled = jax.jit(heights_and_slopes)
-    plain, slopes = compiled(logits, 0.0, 1.0)
+    plain, slopes = compiled(logits, 0.0)
     np.testing.assert_allclose(plain, [0, 0.25, 0.5, 0.75, 1], atol=1e-7)
     np.testing.assert_allclose(slopes, [0, 3 / 16, 1 / 4, 3 / 16, 0], atol=1e-7)
-    stretched, slopes = compiled(logits, -0.1, 1.1)
+    stretched, slopes = compiled(logits, 0.1)
     np.testing.assert_allclose(stretched, [0, 0.2, 0.5, 0.8, 1], atol=1e-7)
     np.testing.assert_allclose(slopes, [0, 0.225, 0.3, 0.225, 0], atol=1e-7)
     assert (stretched[0], stretched[-1]) == (0.0, 1.0)
     assert (slopes[0], slopes[-1]) == (0.0, 0.0)
     # AdaRound's stretch saturates at moderate logits, the plain sigmoid does not.
     logits = np.float32([-5.0, 5.0, -9.0, 9.0, 0.0])
-    np.testing.assert_array_equal(compiled(logits, -0.1, 1.1)[1][:4], 0.0)
-    assert np.all(np.asarray(compiled(logits, 0.0, 1.0)[1]) > 0)
+    np.testing.assert_array_equal(compiled(logits, 0.1)[1][:4], 0.0)
+    assert np.all(np.asarray(compiled(logits, 0.0)[1]) > 0)
 
 
 # --- weights and codes ---------------------------------------------------------------

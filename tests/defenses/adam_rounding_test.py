@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EFRAP's relaxed objective, against a float64 writing of it from the handbook.
+"""EFRAP's relaxed objective, against a float64 writing of its formulas.
 
 L   = L_A + flip_weight * L_F + penalty_weight * L_P
 L_A = mean over batch and positions of sum over channels of (Y^ - Y)^2
@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from nad_jax import errors
+from nad_jax import settings as settings_lib
 from nad_jax.core import quantization, rounding, solvers
 from nad_jax.defenses import adam_rounding
 from nad_jax.models import layers as layers_lib
@@ -265,7 +266,7 @@ def test_what_is_reported_is_measured_on_outputs(many_steps):
         return oracle.output_error(share) + price
 
     soft_error = oracle.output_error(1 / (1 + np.exp(-after)))
-    assert details["soft_objective"] == pytest.approx(soft_error, rel=1e-3)
+    assert details["soft_output_error"] == pytest.approx(soft_error, rel=1e-3)
     assert details["objective"] == pytest.approx(objective(hard), rel=1e-3)
     assert details["objective_nearest"] == pytest.approx(objective(oracle.up), rel=1e-3)
     flipped = np.mean((hard != oracle.up)[oracle.free])
@@ -273,7 +274,41 @@ def test_what_is_reported_is_measured_on_outputs(many_steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", adam_rounding.FORMS)
+@pytest.mark.parametrize("form", settings_lib.ADAM_FORMS)
+def test_the_penalty_waits_for_the_warm_up_and_its_exponent_falls(form):
+    task = make_task("dense", flip_weight=0.1)
+
+    def logits(**changes):
+        settings = dataclasses.replace(
+            SETTINGS, form=form, penalty_weight=5.0, learning_rate=0.1, **changes
+        )
+        return run(task, settings, optax.adam(0.1))[1]
+
+    warming = {"steps": 4, "warm_up": 0.8}
+    moved = logits(**warming, exponents=(9.0, 3.0))
+    np.testing.assert_allclose(logits(**warming), moved, atol=1e-5)
+    # The first of four steps has the first exponent, the last is still on its way.
+    falls = logits(steps=4, exponents=(9.0, 3.0))
+    assert not np.array_equal(falls, logits(steps=4, exponents=(3.0, 3.0)))
+    assert not np.array_equal(falls, logits(steps=4, exponents=(9.0, 9.0)))
+    one = logits(steps=1, exponents=(9.0, 3.0))
+    np.testing.assert_allclose(one, logits(steps=1, exponents=(9.0, 9.0)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stretched_sigmoid_starts_at_the_weight_and_reaches_both_ends():
+    task = make_task("dense", flip_weight=0.0)
+    free = np.asarray(task.placement.free)
+    logits = rounding.rounding_logits(task.placement, stretch=0.1)
+    soft = np.asarray(rounding.soft_rounding(logits, stretch=0.1))
+    fraction = np.asarray(task.placement.fraction)
+    np.testing.assert_allclose(soft[free], fraction[free], atol=1e-5)
+    ends = rounding.soft_rounding(jnp.asarray([-4.0, 4.0]), stretch=0.1)
+    np.testing.assert_array_equal(ends, [0.0, 1.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", settings_lib.ADAM_FORMS)
 def test_a_higher_flip_weight_flips_more(form):
     settings = dataclasses.replace(SETTINGS, form=form, steps=200, learning_rate=0.1)
     flipped = []
@@ -295,6 +330,9 @@ def test_a_higher_flip_weight_flips_more(form):
         ({"learning_rate": 0.0}, ["learning_rate", "0.0"]),
         ({"learning_rate": float("nan")}, ["learning_rate", "nan"]),
         ({"penalty_weight": -1.0}, ["penalty_weight", "-1.0"]),
+        ({"stretch": -0.1}, ["stretch", "-0.1"]),
+        ({"exponents": (20.0, 1.0)}, ["exponents", "(20.0, 1.0)"]),
+        ({"warm_up": 1.0}, ["warm_up", "1.0"]),
     ],
 )
 def test_bad_settings_are_one_line(kwargs, words):

@@ -237,7 +237,7 @@ def test_reports_follow_the_forward_pass(quantized, method):
         assert report.bits == 4 and report.seconds >= 0
         assert (report.objective is not None) == looks
         assert (report.objective_nearest is not None) == looks
-        assert (report.soft_objective is not None) == (method[0] == "adam")
+        assert (report.soft_output_error is not None) == (method[0] == "adam")
         if method[0] == "coordinate":
             assert report.trace[0] == report.objective_nearest
             assert report.trace[-1] == report.objective

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of configs/efrap.py promises beside its numbers."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import efrap as config_file
+from nad_jax import efrap_experiment, errors, pipeline, settings
+from nad_jax import workdir as workdir_lib
+
+
+def test_no_two_purposes_share_randomness():
+    """Nor does a key drawn from one of them equal another."""
+    keys = efrap_experiment._keys(0)
+    derived = [
+        jax.random.key_data(key).tolist()
+        for own in keys.values()
+        for key in (own, *(jax.random.fold_in(own, i) for i in range(3)))
+    ]
+    assert len({tuple(words) for words in derived}) == len(derived)
+
+
+def _config(**changes):
+    sections = config_file.get_config("smoke").to_dict()
+    return dataclasses.replace(settings.parse(sections), **changes)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("model", {"width": 0.25}, "config.model.width was 0.5, now 0.25"),
+        ("attack", {"target_label": 3}, "config.attack.target_label was 0, now 3"),
+    ],
+)
+def test_models_of_another_config_are_refused(section, change, words, tmp_path):
+    """Else they would be reported under its name."""
+    (tmp_path / "earlier").mkdir()
+    path = tmp_path / "earlier" / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(_config())))
+    workdir = workdir_lib.Workdir(tmp_path / "now", {})
+    config = _config(victim_workdir=str(tmp_path / "earlier"))
+    pipeline.EarlierRun(config, workdir)  # The same: accepted.
+    moved = dataclasses.replace(config.data, data_dir="elsewhere")
+    pipeline.EarlierRun(dataclasses.replace(config, data=moved), workdir)
+    part = dataclasses.replace(getattr(config, section), **change)
+    other = dataclasses.replace(config, **{section: part})
+    with pytest.raises(errors.InputError, match=words):
+        pipeline.EarlierRun(other, workdir)
+    workdir.close()
+
+
+@pytest.mark.slow
+def test_every_control_makes_a_row(tmp_path):
+    config = settings.parse(config_file.get_config("controls+smoke").to_dict())
+    workdir = workdir_lib.Workdir(tmp_path, {})
+    report = efrap_experiment.run(config, workdir)
+    workdir.close()
+    rows = [r["name"] for r in report["rows"] if r["model"] == "backdoored"]
+    repaired = ["fine_tuning", "fine_tuning_nearest", "nad", "nad_nearest"]
+    assert rows == ["float", *config.defense.roundings, *repaired]
+    by_name = {r["name"]: r for r in report["rows"] if r["model"] == "backdoored"}
+    assert by_name["nad"]["weight_bits"] is None
+    assert by_name["nad_nearest"]["weight_bits"] == 4
+    assert by_name["nad_nearest"]["flip_rate"] == 0.0
+    # Repairs need labels and change floats; what they are given is not the test data.
+    assert by_name["nad"]["seconds"] > 0 and np.isfinite(by_name["nad"]["acc"])
