@@ -184,7 +184,8 @@ class EarlierRun:
                 # Data may have moved.
                 mapping.pop("data_dir", None)
             if was != now:
-                differences = workdir_lib.differences(was, now, f"config.{section}")
+                section_name = f"config.{section}"
+                differences = workdir_lib.config_differences(was, now, section_name)
                 raise errors.InputError(
                     f"config.victim_workdir {self._path} has other models "
                     f"({'; '.join(differences)})"

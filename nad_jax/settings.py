@@ -1007,7 +1007,8 @@ def from_mapping(cls: type, mapping: Mapping[str, Any], where: str = "config") -
         raise InputError(f"{where} must be a section, got {mapping!r}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if cls is TriggerSettings:
+    # As a config has it, not as `dataclasses.asdict` has written it.
+    if cls is TriggerSettings and set(mapping) != {"name", "options"}:
         options = {key: value for key, value in mapping.items() if key != "name"}
         mapping = {"name": mapping.get("name"), "options": options}
     if cls is AttackSettings:

@@ -110,9 +110,10 @@ class Workdir:
         if stored is None:
             schema.write_json(self.path / "config.json", config)
         elif stored != config:
+            changes = "; ".join(config_differences(stored, config))
             raise errors.InputError(
-                f"workdir {self.path} belongs to another configuration "
-                f"({'; '.join(differences(stored, config))}); use another --workdir"
+                f"workdir {self.path} belongs to another configuration ({changes}); "
+                "use another --workdir"
             )
 
     def check_input(self, name: str, sha256: str) -> None:
@@ -343,7 +344,7 @@ class Progress:
             print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
 
 
-def differences(stored: Any, config: Any, where: str = "config") -> list[str]:
+def config_differences(stored: Any, config: Any, where: str = "config") -> list[str]:
     """Every key in which two configurations differ, with both values."""
     if not (isinstance(stored, dict) and isinstance(config, dict)):
         return [f"{where} was {stored!r}, now {config!r}"]
@@ -355,5 +356,5 @@ def differences(stored: Any, config: Any, where: str = "config") -> list[str]:
         elif key not in stored:
             differences.append(f"{name} was absent, now {config[key]!r}")
         elif stored[key] != config[key]:
-            differences += differences(stored[key], config[key], name)
+            differences += config_differences(stored[key], config[key], name)
     return differences

@@ -54,8 +54,10 @@ def test_models_of_another_config_are_refused(section, change, words, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_control_makes_a_row(tmp_path):
-    config = settings.parse(config_file.get_config("controls+smoke").to_dict())
+def test_float_repairs_make_two_rows_each(tmp_path):
+    sections = config_file.get_config("controls+smoke")
+    sections.defense.roundings = ("nearest", "ocs")
+    config = settings.parse(sections.to_dict())
     workdir = workdir_lib.Workdir(tmp_path, {})
     report = efrap_experiment.run(config, workdir)
     workdir.close()

@@ -43,6 +43,10 @@ def split_codes(
             "weights must be [..., inputs, outputs] and num_splits at least 0, got "
             f"shape {weights.shape} and {num_splits}"
         )
+    if num_splits == 0:
+        params = quantization.calibrate(weights, spec)
+        codes = quantization.quantize(weights, params, spec)
+        return codes.astype(np.int16), params
     inputs = weights.shape[-2]
     # [inputs, ..., outputs], with room for the copies.
     parts = jnp.moveaxis(weights.astype(jnp.float32), -2, 0)

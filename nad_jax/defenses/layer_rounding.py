@@ -335,12 +335,13 @@ def _round_blindly(name, spec, kernel, params, draws, strength, size) -> Rounded
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _round_split(spec, num_splits, kernel) -> Rounded:
     codes, params = channel_splitting.split_codes(kernel, spec, num_splits=num_splits)
-    kept = jnp.round(quantization.divide(kernel, params.scale)) + params.zero_point
+    steps = jnp.round(quantization.divide(kernel, params.scale))
+    unsplit = steps.astype(jnp.int32) + params.zero_point
     return Rounded(
         quantization.dequantize(codes, params).astype(kernel.dtype),
         codes,
         params,
-        jnp.mean((codes != kept).astype(jnp.float32)),
+        jnp.mean((codes.astype(jnp.int32) != unsplit).astype(jnp.float32)),
     )
 
 

@@ -126,7 +126,7 @@ def test_processes_are_started_anew_and_warmed_once(monkeypatch, tmp_path, idle,
     sides("a", once=True)
     sides("b", once=True)
     assert _main(monkeypatch, tmp_path, _case("processes"), "--rounds=2") == 0
-    assert _lines(tmp_path) == [f"start {who}" for who in "ababab"]
+    assert _lines(tmp_path) == [f"start {who}" for who in "aabab"]
     assert len(_written(tmp_path)["cases"][0]["runs"]["ours"]) == 2
 
 
