@@ -315,7 +315,8 @@ def claim(text: str, passed: bool) -> dict[str, Any]:
 def git_commit() -> str | None:
     """Commit of the code that is running, with "-dirty"; None outside a checkout.
 
-    Asked for when a run starts, since the checkout may move on before it ends.
+    Files of results are no code. Asked for when a run starts, since the checkout may
+    move on before it ends.
     """
     folder = pathlib.Path(__file__).parent
 
@@ -330,7 +331,8 @@ def git_commit() -> str | None:
 
     try:
         tracked = git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        code = (":/", ":(top,exclude)results")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("-dirty" if tracked and dirty else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -95,6 +95,9 @@ class Workdir:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = on_failure.enter_context(_lock(self.path))
+                # What killed writers of whole files have left.
+                for leftover in self.path.glob(".*.tmp"):
+                    leftover.unlink()
                 self._check_config(config)
                 # Unwritable files should be known before the work, not after.
                 self._metrics = open(self.path / "metrics.jsonl", "wb")

@@ -123,6 +123,19 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     workdir.Workdir(tmp_path, {}).close()
 
 
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    workdir.Workdir(tmp_path, {}).close()
+    (tmp_path / ".report.json.0123456789ab.tmp").write_text("{")
+    (tmp_path / "notes.tmp").write_text("the user's")
+    run = workdir.Workdir(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["notes.tmp"]
+    (tmp_path / ".model.safetensors.01234567.tmp").write_text("at work")
+    with pytest.raises(errors.InputError, match="in use"):
+        workdir.Workdir(tmp_path, {})
+    assert (tmp_path / ".model.safetensors.01234567.tmp").exists()
+    run.close()
+
+
 def test_lines_of_a_restored_stage_stand_where_they_stood(tmp_path):
     """Twice the same command: the same file, though nothing is computed again."""
 
