@@ -203,7 +203,6 @@ def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -
             f"the job {config.job} runs in one process, got {processes}; use "
             "--distributed=off"
         )
-    pipeline.git_commit()
     if config.job == "nad":
         config = zoo.resolve(config)
     environment.enable_compile_cache()
@@ -212,6 +211,7 @@ def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -
             path,
             dataclasses.asdict(config),
             should_stop=cluster.AgreedFlag(stop.is_set),
+            origin=pipeline.origin(),
         )
         try:
             command = " ".join(["python -m nad_jax.main", *argv[1:]])

@@ -169,7 +169,9 @@ class EarlierRun:
             return checkpoints.restore(folder, like)
 
         with self._workdir.timed(name):
-            return cluster.tree_from_first(restore, like)[0]
+            result, metadata = cluster.tree_from_first(restore, like)
+        self._workdir.note_origins(str(folder), metadata.get("made_by", [None]))
+        return result
 
 
 # ----------------------------------------------------------------------------- report
@@ -273,13 +275,17 @@ def write_report(
       facts: What the run is found by: keys of the report beside those it always has.
     """
     surroundings = environment.describe()
+    origins = workdir.origins()
+    if len(origins) > 1:
+        facts = {**(facts or {}), "made_by": origins}
+        notes = [*notes, f"Computed by {len(origins)} setups: made_by in report.json."]
     report = schema.build_report(
         title=config.title,
         command=command,
         config=dataclasses.asdict(config),
         rows=rows,
         git_commit=git_commit(),
-        versions={k: v for k, v in surroundings["versions"].items() if v is not None},
+        versions=_versions(surroundings),
         devices=surroundings["devices"],
         facts=facts,
         seconds=workdir.seconds,
@@ -304,6 +310,20 @@ def write_report(
     workdir.say(tables.headline(rows))
     workdir.say(f"report: {workdir.path / 'report.html'}")
     return report
+
+
+def origin() -> dict[str, Any]:
+    """What the numbers of this process depend on, for its `Workdir`."""
+    surroundings = environment.describe()
+    return {
+        "git_commit": git_commit(),
+        "versions": _versions(surroundings),
+        "devices": len(surroundings["devices"]),
+    }
+
+
+def _versions(surroundings: Mapping[str, Any]) -> dict[str, str]:
+    return {k: v for k, v in surroundings["versions"].items() if v is not None}
 
 
 def claim(text: str, passed: bool) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Commits:
         if not cluster.from_first(lambda: bool(checkpoints.steps(self._folder))):
             return None
         tree, stored = cluster.tree_from_first(
-            lambda: checkpoints.restore(self._folder, like), like
+            lambda: checkpoints.restore(self._folder, like, settle=True), like
         )
         self._newest = stored["step"]
         self._recall(stored["remembered"])
