@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,8 @@ from nad_jax.core import attention
 from nad_jax.data import batches, sources
 from nad_jax.report import html, schema, tables
 from nad_jax.training import (
+    agreement,
     augmentation,
-    cluster,
     environment,
     loop,
     optimizers,
@@ -59,7 +60,7 @@ def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dat
                 digest.update(np.asarray(dataset.labels).tobytes())
         return digest.hexdigest()
 
-    cluster.in_all(load)
+    agreement.in_all(load)
     train, test = loaded
     return train, test
 
@@ -169,7 +170,7 @@ class EarlierRun:
             return checkpoints.restore(folder, like)
 
         with self._workdir.timed(name):
-            result, metadata = cluster.tree_from_first(restore, like)
+            result, metadata = agreement.tree_from_first(restore, like)
         self._workdir.note_origins(str(folder), metadata.get("made_by", [None]))
         return result
 
@@ -306,7 +307,7 @@ def write_report(
         # Last, so that a report.json on disk means that the run was finished.
         schema.write_json(workdir.path / "report.json", report)
 
-    cluster.from_first(write)
+    agreement.from_first(write)
     workdir.say(tables.headline(rows))
     workdir.say(f"report: {workdir.path / 'report.html'}")
     return report
@@ -333,10 +334,11 @@ def claim(text: str, passed: bool) -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the code that is running, with "-dirty"; None outside a checkout.
+    """Commit of the code that is running, with "-dirty"; None if unknown.
 
-    Files of results are no code. Asked for when a run starts, since the checkout may
-    move on before it ends.
+    Outside a checkout it is what the variable NAD_JAX_COMMIT says, which belongs to who
+    has brought the code there. Files of results are no code. Asked for when a run
+    starts, since the checkout may move on before it ends.
     """
     folder = pathlib.Path(__file__).parent
 
@@ -355,4 +357,4 @@ def git_commit() -> str | None:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("-dirty" if tracked and dirty else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("NAD_JAX_COMMIT") or None

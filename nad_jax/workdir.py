@@ -14,7 +14,7 @@ was never stopped, times apart. For metrics.jsonl that is so because each commit
 the lines of its stage: the file is written anew from them.
 
 Of several processes the first alone reads, writes and speaks; the others learn from it
-(`training.cluster`).
+(`training.agreement`).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from nad_jax import errors
 from nad_jax.report import schema
-from nad_jax.training import cluster, receipts
+from nad_jax.training import agreement, receipts
 
 if TYPE_CHECKING:
     from nad_jax.training import commits as commits_lib
@@ -94,7 +94,7 @@ class Workdir:
         self._has_recorded = False
         self._lock: Any = None
         config = schema.plain(config, "config")
-        cluster.from_first(lambda: self._claim(config))
+        agreement.from_first(lambda: self._claim(config))
 
     def _claim(self, config: Any) -> None:
         """Makes the folder or recognises it, and holds its lock."""
@@ -135,7 +135,7 @@ class Workdir:
 
         What they finished belongs to those bytes, whatever the path says.
         """
-        cluster.from_first(lambda: self._check_input(name, sha256))
+        agreement.from_first(lambda: self._check_input(name, sha256))
 
     def _check_input(self, name: str, sha256: str) -> None:
         stored = self._stored("inputs.json") or {}
@@ -197,7 +197,7 @@ class Workdir:
 
     def say(self, text: str) -> None:
         """A plain line for the user."""
-        if cluster.is_first():
+        if agreement.is_first():
             print(text, flush=True)
 
     def progress(self, name: str, total: int) -> "Progress":
@@ -239,8 +239,8 @@ class Workdir:
 
         notes = {} if notes is None else notes
         folder = self.path / "checkpoints" / name
-        if cluster.from_first(lambda: bool(checkpoints.steps(folder))):
-            result, metadata = cluster.tree_from_first(
+        if agreement.from_first(lambda: bool(checkpoints.steps(folder))):
+            result, metadata = agreement.tree_from_first(
                 lambda: checkpoints.restore(folder, like, settle=True), like
             )
             self.seconds[name] = metadata["seconds"]
@@ -260,8 +260,8 @@ class Workdir:
                 "notes": notes,
                 "made_by": self._made_by(stage),
             }
-            cluster.from_first(lambda: checkpoints.save(folder, 0, result, metadata))
-        if cluster.is_first():
+            agreement.from_first(lambda: checkpoints.save(folder, 0, result, metadata))
+        if agreement.is_first():
             checkpoints.tidy(folder)
             shutil.rmtree(self._unfinished(name), ignore_errors=True)
         return result
@@ -390,7 +390,7 @@ class Progress:
         self._name = name
         self._started = time.perf_counter()
         self._bar: Any = None
-        if sys.stderr.isatty() and cluster.is_first():
+        if sys.stderr.isatty() and agreement.is_first():
             import tqdm
 
             self._bar = tqdm.tqdm(total=total, desc=name, leave=False)
@@ -406,7 +406,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         seconds = time.perf_counter() - self._started
-        if cluster.is_first():
+        if agreement.is_first():
             print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
 
 

@@ -10,8 +10,8 @@ concurrently, which leaves stray errors of other threads behind when one is dama
 Ours, too: the hash of every file (`receipts`), falling back to the previous step when
 the newest is damaged, and the choice of the steps to keep. Nothing is pickled. The
 directory is the only memory: every call lists it afresh, so a step that a crash took
-away is never asked for. One writer per directory; of several processes (`cluster`) the
-first, which must not be waiting for the others here.
+away is never asked for. One writer per directory; of several processes (`agreement`)
+the first, which must not be waiting for the others here.
 """
 
 import contextlib
