@@ -98,9 +98,10 @@ def _child(arguments: argparse.Namespace) -> None:
     from nad_jax.defenses import efrap
     from nad_jax.models import common
     from nad_jax.training import (
+        agreement,
         augmentation,
-        cluster,
         evaluation,
+        joining,
         loop,
         optimizers,
         sharding,
@@ -109,7 +110,7 @@ def _child(arguments: argparse.Namespace) -> None:
     from nad_jax.training import state as state_lib
 
     if arguments.processes > 1:
-        cluster.join(
+        joining.join(
             coordinator_address=f"localhost:{arguments.port}",
             num_processes=arguments.processes,
             process_id=arguments.process,
@@ -163,7 +164,7 @@ def _child(arguments: argparse.Namespace) -> None:
         )
         for name, codes in quantized.codes.items():
             arrays[f"{kind}/{name}"] = np.asarray(codes)
-    if cluster.is_first():
+    if agreement.is_first():
         np.savez(arguments.child, **arrays)
 
 

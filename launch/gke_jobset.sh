@@ -1,22 +1,36 @@
 #!/usr/bin/env bash
 # Runs the program as a JobSet on a TPU slice of a GKE cluster that kubectl reaches.
 #   NAME=... IMAGE=... TPU_ACCELERATOR=tpu-v4-podslice TPU_TOPOLOGY=2x2x4 HOSTS=4 \
-#     launch/gke_jobset.sh [--dry-run] -- --config=FILE --workdir=DIR ...
-# IMAGE is built from launch/Dockerfile. CHIPS_PER_HOST is 4 unless given. GKE tells the
-# pods of each other. With --dry-run the JobSet is printed.
+#     VOLUME=CLAIM MOUNT=/runs launch/gke_jobset.sh [--dry-run] -- --config=FILE \
+#     --workdir=/runs/NAME ...
+# IMAGE is built from launch/Dockerfile. VOLUME is a PersistentVolumeClaim, of a disk that
+# several nodes may write or of a bucket (GCS FUSE), mounted at MOUNT on every pod: pods
+# that restart have lost their own disks, so the workdir must be there. CHIPS_PER_HOST is
+# 4 unless given. GKE tells the pods of each other. With --dry-run the JobSet is printed.
 set -euo pipefail
 
 fail() { echo "gke_jobset.sh: $1" >&2; exit 2; }
 
 dry_run=no
 if [ "${1:-}" = --dry-run ]; then dry_run=yes; shift; fi
-for variable in NAME IMAGE TPU_ACCELERATOR TPU_TOPOLOGY HOSTS; do
+for variable in NAME IMAGE TPU_ACCELERATOR TPU_TOPOLOGY HOSTS VOLUME MOUNT; do
   [ -n "${!variable:-}" ] || fail "the environment variable $variable is missing"
 done
 [[ $HOSTS =~ ^[1-9][0-9]*$ ]] || fail "HOSTS must be a number, got '$HOSTS'"
+[[ $MOUNT == /?* ]] || fail "MOUNT must be an absolute path, got '$MOUNT'"
 [ "${1:-}" = -- ] || fail "'--' and the arguments of nad_jax.main are missing"
 shift
 [ $# -ge 1 ] || fail "the arguments of nad_jax.main are missing after '--'"
+
+workdir=
+for argument in "$@"; do
+  case $argument in --workdir=*) workdir=${argument#--workdir=} ;; esac
+done
+case $workdir in
+  */../* | */..) fail "--workdir must be below MOUNT=$MOUNT, without .., got '$workdir'" ;;
+  "${MOUNT%/}"/?*) ;;
+  *) fail "--workdir must be below MOUNT=$MOUNT, got '$workdir'" ;;
+esac
 
 # A YAML string in single quotes.
 quoted() { printf "'%s'" "${1//\'/\'\'}"; }
@@ -45,6 +59,10 @@ spec:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 120
+              volumes:
+                - name: runs
+                  persistentVolumeClaim:
+                    claimName: $(quoted "$VOLUME")
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $(quoted "$TPU_ACCELERATOR")
                 cloud.google.com/gke-tpu-topology: $(quoted "$TPU_TOPOLOGY")
@@ -54,6 +72,9 @@ spec:
                   ports:
                     - containerPort: 8471
                     - containerPort: 8482
+                  volumeMounts:
+                    - name: runs
+                      mountPath: $(quoted "$MOUNT")
                   resources:
                     limits:
                       google.com/tpu: ${CHIPS_PER_HOST:-4}

@@ -5,7 +5,8 @@
 #   launch/tpu_vm.sh [--dry-run] logs          follow worker 0
 #   launch/tpu_vm.sh [--dry-run] delete        give the slice back
 # Needs PROJECT, ZONE and NAME; `create` also ACCELERATOR_TYPE and RUNTIME_VERSION, and
-# takes SPOT=yes. A preempted slice loses its disks: let --workdir be on a mounted bucket,
+# takes SPOT=yes. `run` takes the commit that is checked out, and refuses a checkout that
+# differs from it; the workers' reports name it. A preempted slice loses its disks: let --workdir be on a mounted bucket,
 # at least on worker 0, and repeat `create` and `run`.
 set -euo pipefail
 
@@ -68,18 +69,22 @@ start() {
   [ "${1:-}" = -- ] || fail "'--' and the arguments of nad_jax.main are missing"
   shift
   [ $# -ge 1 ] || fail "the arguments of nad_jax.main are missing after '--'"
-  local root archive arguments
+  local root commit arguments
   root=$(cd "$(dirname "$0")/.." && pwd)
-  archive=$root/nad_jax-checkout.tar.gz
+  commit=$(git -C "$root" rev-parse HEAD) || fail "$root is no git checkout"
+  if [ "$dry_run" = no ] && [ -n "$(git -C "$root" status --porcelain)" ]; then
+    fail "the checkout differs from commit $commit; commit or stash the changes"
+  fi
   arguments=$(printf '%q ' "$@")
-  run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
+  archive=$(mktemp -d)/nad_jax-checkout.tar.gz
+  trap 'rm -rf "$(dirname "$archive")"' EXIT
+  run git -C "$root" archive --format=tar.gz "--output=$archive" "$commit"
   run "${machine[@]}" scp "$archive" "$NAME:" "${where[@]}" --worker=all
-  run rm -f "$archive"
   run "${machine[@]}" ssh "$NAME" "${where[@]}" --worker=all \
-    "--command=mkdir -p nad_jax && tar -xzf nad_jax-checkout.tar.gz -C nad_jax && python3 -m venv venv && venv/bin/pip install --quiet './nad_jax[tpu]'"
+    "--command=mkdir -p nad_jax && tar -xzf nad_jax-checkout.tar.gz -C nad_jax && python3 -m venv venv && venv/bin/pip install --quiet --constraint nad_jax/constraints.txt './nad_jax[tpu]'"
   # Each worker goes on without the connection.
   run "${machine[@]}" ssh "$NAME" "${where[@]}" --worker=all \
-    "--command=cd nad_jax && nohup ../venv/bin/python -m nad_jax.main ${arguments}--distributed=required > ../nad_jax.log 2>&1 < /dev/null &"
+    "--command=cd nad_jax && NAD_JAX_COMMIT=$commit nohup ../venv/bin/python -m nad_jax.main ${arguments}--distributed=required > ../nad_jax.log 2>&1 < /dev/null &"
 }
 
 case $action in

@@ -17,8 +17,9 @@ at once, with 128 + its number; nothing that was committed is lost by that eithe
 On several machines, start the same command on each; in SLURM, Open MPI, Kubernetes or a
 TPU pod they find each other (launch/README.md), or stop. Elsewhere each is also given
 --coordinator_address=HOST:PORT, --num_processes=N, --process_id=0..N-1.
---distributed=required refuses to run alone, --distributed=off insists on it. They wait
---wait_seconds=300 for each other. A signal to one of them stops all.
+--distributed=required refuses to run alone unless --num_processes=1 says so,
+--distributed=off insists on it. They wait --wait_seconds=300 for each other. A signal to
+one of them stops all.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
-    """Settings, workdir, and the arguments of `cluster.join`."""
+    """Settings, workdir, and the arguments of `joining.join`."""
     values = flags.FlagValues()
     argv = [_resolve(argument) for argument in argv]
     config = config_flags.DEFINE_config_file(
@@ -81,7 +82,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
         sys_argv=argv,
     )
     workdir = flags.DEFINE_string("workdir", None, "results", flag_values=values)
-    joining = [
+    join_flags = [
         flags.DEFINE_string("distributed", "auto", "when to join", flag_values=values),
         flags.DEFINE_string("coordinator_address", None, "of 0", flag_values=values),
         flags.DEFINE_integer("num_processes", None, "how many", flag_values=values),
@@ -113,7 +114,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
     ).stem
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     typed = settings.parse(config.value.to_dict())
-    mode, *others = joining
+    mode, *others = join_flags
     return (
         typed,
         workdir.value or f"runs/{name}-{stamp}",
@@ -174,14 +175,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -> int:
+def _run(config: Any, path: str, how: dict[str, Any], argv: Sequence[str]) -> int:
+    """`how`: arguments of `joining.join`."""
     import dataclasses
 
-    from nad_jax.training import cluster, environment
+    from nad_jax.training import agreement, environment, joining
 
     environment.use_cpu_cores()
     # Once JAX has looked for devices, it is too late.
-    processes = cluster.join(**joining)
+    processes = joining.join(**how)
     from nad_jax import (
         audit_experiment,
         efrap_experiment,
@@ -199,11 +201,10 @@ def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -
         "vet": vet_experiment,
     }
     if config.job in judges and processes > 1:
-        raise cluster.AgreedError(
+        raise agreement.AgreedError(
             f"the job {config.job} runs in one process, got {processes}; use "
             "--distributed=off"
         )
-    pipeline.git_commit()
     if config.job == "nad":
         config = zoo.resolve(config)
     environment.enable_compile_cache()
@@ -211,7 +212,8 @@ def _run(config: Any, path: str, joining: dict[str, Any], argv: Sequence[str]) -
         workdir = workdir_lib.Workdir(
             path,
             dataclasses.asdict(config),
-            should_stop=cluster.AgreedFlag(stop.is_set),
+            should_stop=agreement.AgreedFlag(stop.is_set),
+            origin=pipeline.origin(),
         )
         try:
             command = " ".join(["python -m nad_jax.main", *argv[1:]])
@@ -237,15 +239,15 @@ def _leave_cluster(error: Exception, exit_code: int) -> None:
 
     Imported here, since most mistakes are found before JAX is needed.
     """
-    if "nad_jax.training.cluster" not in sys.modules:
+    if "nad_jax.training.joining" not in sys.modules:
         return
-    from nad_jax.training import cluster
+    from nad_jax.training import agreement, joining
 
-    if isinstance(error, cluster.AgreedError) or not cluster.is_joined():
+    if isinstance(error, agreement.AgreedError) or not joining.is_joined():
         return
     if not isinstance(error, errors.InputError):
         traceback.print_exception(error)
-    cluster.abandon(exit_code)
+    joining.abandon(exit_code)
 
 
 class _StopRequest:

@@ -23,7 +23,7 @@ from nad_jax.core import metrics
 from nad_jax.data import sources
 from nad_jax.defenses import base
 from nad_jax.report import schema
-from nad_jax.training import cluster, environment, evaluation, sharding
+from nad_jax.training import agreement, environment, evaluation, sharding
 
 # What a run of this kind is to show; printed with a tick or a cross, never enforced.
 _AWAKE_ASR = 0.95
@@ -112,7 +112,9 @@ def run(
                     nets,
                 )
     data = (len(indices[0]), len(indices[1]))
-    curves = cluster.from_first(lambda: _curves(rows, workdir) if config.curves else [])
+    curves = agreement.from_first(
+        lambda: _curves(rows, workdir) if config.curves else []
+    )
     return pipeline.write_report(
         config,
         workdir,
@@ -164,7 +166,7 @@ def _clean_indices(config, scene, workdir, seed, key) -> tuple[np.ndarray, np.nd
         validation_fraction=config.defense.validation_fraction,
     )
     record = {"train": rows.tolist(), "validation": validation_rows.tolist()}
-    if cluster.is_first():
+    if agreement.is_first():
         schema.write_json(workdir.path / f"clean_indices-seed{seed}.json", record)
     return rows, validation_rows
 

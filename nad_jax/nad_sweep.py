@@ -131,7 +131,7 @@ def _run(
 ) -> Mapping[str, Any]:
     """The report of a run, from its folder if it is finished."""
     with contextlib.closing(
-        workdir_lib.Workdir(path, dataclasses.asdict(config))
+        workdir_lib.Workdir(path, dataclasses.asdict(config), origin=pipeline.origin())
     ) as workdir:
         if (path / "report.json").is_file():
             return schema.read_report(path / "report.json")

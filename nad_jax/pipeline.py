@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,8 @@ from nad_jax.core import attention
 from nad_jax.data import batches, sources
 from nad_jax.report import html, schema, tables
 from nad_jax.training import (
+    agreement,
     augmentation,
-    cluster,
     environment,
     loop,
     optimizers,
@@ -60,7 +61,7 @@ def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dat
                 digest.update(np.asarray(dataset.labels).tobytes())
         return digest.hexdigest()
 
-    cluster.in_all(load)
+    agreement.in_all(load)
     train, test = loaded
     return train, test
 
@@ -205,7 +206,9 @@ class EarlierRun:
             return checkpoints.restore(folder, like)
 
         with self._workdir.timed(name):
-            return cluster.tree_from_first(restore, like)[0]
+            result, metadata = agreement.tree_from_first(restore, like)
+        self._workdir.note_origins(str(folder), metadata.get("made_by", [None]))
+        return result
 
 
 # ----------------------------------------------------------------------------- report
@@ -309,13 +312,17 @@ def write_report(
       facts: What the run is found by: keys of the report beside those it always has.
     """
     surroundings = environment.describe()
+    origins = workdir.origins()
+    if len(origins) > 1:
+        facts = {**(facts or {}), "made_by": origins}
+        notes = [*notes, f"Computed by {len(origins)} setups: made_by in report.json."]
     report = schema.build_report(
         title=config.title,
         command=command,
         config=dataclasses.asdict(config),
         rows=rows,
         git_commit=git_commit(),
-        versions={k: v for k, v in surroundings["versions"].items() if v is not None},
+        versions=_versions(surroundings),
         devices=surroundings["devices"],
         facts=facts,
         seconds=workdir.seconds,
@@ -336,10 +343,24 @@ def write_report(
         # Last, so that a report.json on disk means that the run was finished.
         schema.write_json(workdir.path / "report.json", report)
 
-    cluster.from_first(write)
+    agreement.from_first(write)
     workdir.say(tables.headline(rows))
     workdir.say(f"report: {workdir.path / 'report.html'}")
     return report
+
+
+def origin() -> dict[str, Any]:
+    """What the numbers of this process depend on, for its `Workdir`."""
+    surroundings = environment.describe()
+    return {
+        "git_commit": git_commit(),
+        "versions": _versions(surroundings),
+        "devices": len(surroundings["devices"]),
+    }
+
+
+def _versions(surroundings: Mapping[str, Any]) -> dict[str, str]:
+    return {k: v for k, v in surroundings["versions"].items() if v is not None}
 
 
 def claim(text: str, passed: bool) -> dict[str, Any]:
@@ -349,9 +370,11 @@ def claim(text: str, passed: bool) -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the code that is running, with "-dirty"; None outside a checkout.
+    """Commit of the code that is running, with "-dirty"; None if unknown.
 
-    Asked for when a run starts, since the checkout may move on before it ends.
+    Outside a checkout it is what the variable NAD_JAX_COMMIT says, which belongs to who
+    has brought the code there. Files of results are no code. Asked for when a run
+    starts, since the checkout may move on before it ends.
     """
     folder = pathlib.Path(__file__).parent
 
@@ -366,7 +389,8 @@ def git_commit() -> str | None:
 
     try:
         tracked = git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        code = (":/", ":(top,exclude)results")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("-dirty" if tracked and dirty else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("NAD_JAX_COMMIT") or None

@@ -62,9 +62,12 @@ class SolvedLayers(MutableMapping[str, efrap.FinishedLayer]):
         if self._keep is None:
             return
         commits, workdir = self._keep
-        if workdir.should_stop() or commits.is_due():
+        # Asked once: processes agree on the answer to each question by itself.
+        stopping = workdir.should_stop()
+        if stopping or commits.is_due():
             commits.save(len(self.notes), self.codes, self.notes)
-        workdir.check_stop()
+        if stopping:
+            raise workdir_lib.Interrupted(f"{len(self.notes)} layers are kept")
 
     def __getitem__(self, name: str) -> efrap.FinishedLayer:
         note = self.notes[name]

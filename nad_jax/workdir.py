@@ -14,7 +14,7 @@ was never stopped, times apart. For metrics.jsonl that is so because each commit
 the lines of its stage: the file is written anew from them.
 
 Of several processes the first alone reads, writes and speaks; the others learn from it
-(`training.cluster`).
+(`training.agreement`).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from nad_jax import errors
 from nad_jax.report import schema
-from nad_jax.training import cluster
+from nad_jax.training import agreement, receipts
 
 if TYPE_CHECKING:
     from nad_jax.training import commits as commits_lib
@@ -54,6 +54,7 @@ class _Stage:
       seconds: Spent by the runs it continues.
       began: When this run began it, by `time.perf_counter`.
       parts: Names of its trainings so far.
+      made_by: Origins of the runs it continues.
     """
 
     name: str
@@ -62,6 +63,7 @@ class _Stage:
     seconds: float = 0.0
     began: float = dataclasses.field(default_factory=time.perf_counter)
     parts: set[str] = dataclasses.field(default_factory=set)
+    made_by: list[Any] = dataclasses.field(default_factory=list)
 
 
 class Workdir:
@@ -79,25 +81,38 @@ class Workdir:
         config: Mapping[str, Any],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        origin: Mapping[str, Any] | None = None,
     ):
+        """`origin`: "git_commit", "versions" and number of "devices" of this run."""
         self.path = pathlib.Path(path)
         self.seconds: dict[str, float] = {}
         self.should_stop = should_stop
+        self._origin = schema.plain(origin)
+        self._origins = [self._origin]
         self._stage: _Stage | None = None
         self._metrics: Any = None
+        self._has_recorded = False
         self._lock: Any = None
         config = schema.plain(config, "config")
-        cluster.from_first(lambda: self._claim(config))
+        agreement.from_first(lambda: self._claim(config))
 
     def _claim(self, config: Any) -> None:
         """Makes the folder or recognises it, and holds its lock."""
         with contextlib.ExitStack() as on_failure:
             try:
+                is_new = not self.path.is_dir()
                 self.path.mkdir(parents=True, exist_ok=True)
+                if is_new:
+                    receipts.sync_parents(self.path)
                 self._lock = on_failure.enter_context(_lock(self.path))
+                # What killed writers of whole files have left.
+                for leftover in self.path.glob(".*.tmp"):
+                    leftover.unlink()
                 self._check_config(config)
-                # Unwritable files should be known before the work, not after.
-                self._metrics = open(self.path / "metrics.jsonl", "wb")
+                # Unwritable files should be known before the work, not after. What a
+                # finished run left there stays until this one has something to say:
+                # it may yet be refused.
+                self._metrics = open(self.path / "metrics.jsonl", "ab")
             except OSError as error:
                 raise errors.InputError(
                     f"workdir {self.path} cannot be written: {error.strerror or error}"
@@ -121,7 +136,7 @@ class Workdir:
 
         What they finished belongs to those bytes, whatever the path says.
         """
-        cluster.from_first(lambda: self._check_input(name, sha256))
+        agreement.from_first(lambda: self._check_input(name, sha256))
 
     def _check_input(self, name: str, sha256: str) -> None:
         stored = self._stored("inputs.json") or {}
@@ -162,6 +177,7 @@ class Workdir:
         if self._metrics is None:
             return
         try:
+            self._begin_metrics()
             self._metrics.write("".join(f"{line}\n" for line in lines).encode())
             self._metrics.flush()
         except OSError as error:
@@ -170,9 +186,19 @@ class Workdir:
                 "committed is kept"
             ) from None
 
+    def _begin_metrics(self) -> None:
+        """Empties metrics.jsonl, once."""
+        if self._metrics is not None and not self._has_recorded:
+            self._cut_metrics(0)
+            self._has_recorded = True
+
+    def _cut_metrics(self, length: int) -> None:
+        self._metrics.seek(length)
+        self._metrics.truncate()
+
     def say(self, text: str) -> None:
         """A plain line for the user."""
-        if cluster.is_first():
+        if agreement.is_first():
             print(text, flush=True)
 
     def progress(self, name: str, total: int) -> "Progress":
@@ -214,14 +240,15 @@ class Workdir:
 
         notes = {} if notes is None else notes
         folder = self.path / "checkpoints" / name
-        if cluster.from_first(lambda: bool(checkpoints.steps(folder))):
-            result, metadata = cluster.tree_from_first(
-                lambda: checkpoints.restore(folder, like), like
+        if agreement.from_first(lambda: bool(checkpoints.steps(folder))):
+            result, metadata = agreement.tree_from_first(
+                lambda: checkpoints.restore(folder, like, settle=True), like
             )
             self.seconds[name] = metadata["seconds"]
-            # Version 0.1.0 kept none.
-            self._write(metadata.get("lines", []))
-            notes.update(metadata.get("notes", {}))
+            # Unknown in folders of earlier commits.
+            self.note_origins(name, metadata.get("made_by", [None]))
+            self._write(metadata["lines"])
+            notes.update(metadata["notes"])
             self.say(f"{name}: restored from {folder}")
         else:
             self.check_stop()
@@ -232,9 +259,10 @@ class Workdir:
                 "seconds": self.seconds[name],
                 "lines": stage.lines,
                 "notes": notes,
+                "made_by": self._made_by(stage),
             }
-            cluster.from_first(lambda: checkpoints.save(folder, 0, result, metadata))
-        if cluster.is_first():
+            agreement.from_first(lambda: checkpoints.save(folder, 0, result, metadata))
+        if agreement.is_first():
             checkpoints.tidy(folder)
             shutil.rmtree(self._unfinished(name), ignore_errors=True)
         return result
@@ -243,11 +271,34 @@ class Workdir:
     def _open(self, name: str) -> Iterator[_Stage]:
         if self._stage is not None:
             raise RuntimeError(f"stage {name} inside of stage {self._stage.name}")
+        self._begin_metrics()
         self._stage = _Stage(name, self._metrics.tell() if self._metrics else 0)
         try:
             yield self._stage
         finally:
             self._stage = None
+
+    def note_origins(self, what: str, origins: list[Any]) -> None:
+        """Takes note of the runs that computed something which this one goes on with.
+
+        Says so where the same bits can no longer be expected.
+        """
+        now = _arithmetic(self._origin)
+        known = {None, *map(_arithmetic, self._origins)}
+        for then in dict.fromkeys(map(_arithmetic, origins)):
+            if now is not None and then not in known:
+                self.say(
+                    f"warning: {what} was computed with {then}, this is {now}; the run "
+                    "will not be bitwise what one of them gives"
+                )
+        self._origins = _distinct([*self._origins, *origins])
+
+    def origins(self) -> list[Any]:
+        """Those of all runs that had a part in what is here, this one first."""
+        return self._origins
+
+    def _made_by(self, stage: _Stage) -> list[Any]:
+        return _distinct([*stage.made_by, self._origin])
 
     def _unfinished(self, name: str) -> pathlib.Path:
         return self.path / "checkpoints" / f"{name}.unfinished"
@@ -274,16 +325,32 @@ class Workdir:
             stage.seconds = remembered["seconds"]
             stage.lines = []
             if self._metrics is not None:
-                self._metrics.seek(stage.start)
-                self._metrics.truncate()
+                self._cut_metrics(stage.start)
             self._write(remembered["lines"])
+            stage.made_by = remembered.get("made_by", [None])
+            self.note_origins(part, stage.made_by)
             self.say(f"{part}: goes on from {folder}")
 
         return commits_lib.Commits(
             folder,
-            remember=lambda: {"lines": stage.lines, "seconds": _seconds(stage)},
+            remember=lambda: {
+                "lines": stage.lines,
+                "seconds": _seconds(stage),
+                "made_by": self._made_by(stage),
+            },
             recall=recall,
         )
+
+
+def _arithmetic(origin: Any) -> str | None:
+    """What of an origin decides about the bits of a result."""
+    if origin is None:
+        return None
+    return f"jaxlib {origin['versions'].get('jaxlib')} on {origin['devices']} devices"
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _seconds(stage: _Stage) -> float:
@@ -324,7 +391,7 @@ class Progress:
         self._name = name
         self._started = time.perf_counter()
         self._bar: Any = None
-        if sys.stderr.isatty() and cluster.is_first():
+        if sys.stderr.isatty() and agreement.is_first():
             import tqdm
 
             self._bar = tqdm.tqdm(total=total, desc=name, leave=False)
@@ -340,7 +407,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         seconds = time.perf_counter() - self._started
-        if cluster.is_first():
+        if agreement.is_first():
             print(f"{self._name}: {note} ({seconds:.1f} s)", flush=True)
 
 

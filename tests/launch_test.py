@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -29,13 +30,15 @@ TOLD = {
         {"PROJECT": "proj", "ZONE": "zone", "NAME": "slice"},
     ),
     "gke_jobset.sh": (
-        TAIL,
+        [*TAIL, "--workdir=/runs/one"],
         {
             "NAME": "job",
             "IMAGE": "image:1",
             "TPU_ACCELERATOR": "tpu-v4-podslice",
             "TPU_TOPOLOGY": "2x2x4",
             "HOSTS": "4",
+            "VOLUME": "claim",
+            "MOUNT": "/runs",
         },
     ),
 }
@@ -128,6 +131,47 @@ def test_tpu_commands_name_project_and_zone_and_quote_what_the_workers_run():
     (start,) = [part for part in remote[-1] if part.startswith("--command=")]
     words = shlex.split(start.partition("=")[2])
     assert set(TAIL[1:]) <= set(words) and "--distributed=required" in words
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
+    assert f"NAD_JAX_COMMIT={head.strip()}" in words
+    (install,) = [part for part in remote[1] if part.startswith("--command=")]
+    assert "--constraint nad_jax/constraints.txt" in install
+
+
+def test_a_tpu_gets_a_commit_and_nothing_is_left_of_a_failed_copy(tmp_path):
+    checkout, fakes, scratch = (tmp_path / name for name in ("checkout", "bin", "tmp"))
+    for folder in (checkout / "launch", fakes, scratch):
+        folder.mkdir(parents=True)
+    script = checkout / "launch" / "tpu_vm.sh"
+    script.write_bytes((LAUNCH / "tpu_vm.sh").read_bytes())
+    (fakes / "gcloud").write_text(f"#!/bin/sh\necho $4 >> {tmp_path}/said\nexit 7\n")
+    (fakes / "gcloud").chmod(0o755)
+
+    def git(*arguments):
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=checkout, check=True)
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=one")
+    arguments, variables = TOLD["tpu_vm.sh"]
+    path = f"{fakes}:{os.environ['PATH']}"
+
+    def run():
+        return subprocess.run(
+            ["bash", script, *arguments],
+            env={**variables, "PATH": path, "TMPDIR": str(scratch)},
+            capture_output=True,
+            text=True,
+        )
+
+    assert run().returncode == 7 and (tmp_path / "said").read_text() == "scp\n"
+    (checkout / "new.py").write_text("")
+    refused = run()
+    assert refused.returncode == 2
+    assert re.fullmatch("tpu_vm.sh: the checkout differs from .*\n", refused.stderr)
+    assert (tmp_path / "said").read_text() == "scp\n"
+    assert not list(scratch.iterdir())
+    assert [p.name for p in checkout.iterdir() if "tar" in p.name] == []
 
 
 def test_a_queued_resource_needs_its_type():
@@ -156,16 +200,50 @@ def test_the_jobset_has_an_indexed_pod_on_every_host():
     assert job["parallelism"] == job["completions"] == 4
     assert job["completionMode"] == "Indexed"
     (container,) = job["template"]["spec"]["containers"]
-    assert container["args"] == [*TAIL[1:], "--distributed=required"]
+    assert container["args"] == [
+        *TAIL[1:],
+        "--workdir=/runs/one",
+        "--distributed=required",
+    ]
+    (volume,) = job["template"]["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "claim"}
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/runs"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+@pytest.mark.parametrize(
+    ("mount", "workdir"),
+    [
+        ("/runs", "/other/one"),
+        ("/runs", "runs/one"),
+        ("/runs", "/runs"),
+        ("/runs", "/runs/"),
+        ("/runs", "/runsandmore/one"),
+        ("/runs", "/runs/../tmp"),
+        ("/runs", None),
+        ("runs", "runs/one"),
+    ],
+)
+def test_a_jobset_whose_restarts_would_find_nothing_is_refused(mount, workdir):
+    _, variables = TOLD["gke_jobset.sh"]
+    arguments = TAIL if workdir is None else [*TAIL, f"--workdir={workdir}"]
+    variables = {**variables, "MOUNT": mount}
+    result = _run("gke_jobset.sh", ["--dry-run", *arguments], variables)
+    assert result.returncode == 2 and not result.stdout
+    assert re.fullmatch("gke_jobset.sh: .*MOUNT.*\n", result.stderr)
 
 
 def test_the_image_copies_what_exists_and_starts_the_program():
     lines = (LAUNCH / "Dockerfile").read_text("utf-8").splitlines()
+    everything = []
     for line in lines:
         if line.startswith("COPY"):
             *copied, _ = line.split()[1:]
             assert all((ROOT / name).exists() for name in copied)
+            everything += copied
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {*wheel["packages"], *wheel["force-include"]} <= set(everything)
     (entry,) = [line for line in lines if line.startswith("ENTRYPOINT")]
     assert json.loads(entry.partition(" ")[2]) == ["python", "-m", "nad_jax.main"]
 

@@ -11,7 +11,7 @@ ARGUMENTS are those of `python -m nad_jax.main`. POINT is null, or one of
 
 Commits are made after every third program or layer, not by the clock, so that there is
 always something to go on from and something to lose. FILE gets a line for each
-training that ends: the hash of its whole state.
+training that ends: the hash of its whole state. FILE.modules is what was imported.
 """
 
 import hashlib
@@ -101,4 +101,7 @@ def _digest(state) -> str:
 if __name__ == "__main__":
     order = json.loads(sys.argv[1])
     install(order["point"], order["signal"], order["states"])
-    sys.exit(main.main(["main", *sys.argv[2:]]))
+    code = main.main(["main", *sys.argv[2:]])
+    with open(f"{order['states']}.modules", "w", encoding="utf-8") as file:
+        json.dump(list(sys.modules), file)
+    sys.exit(code)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in a workdir is true, and a second run builds on it."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -123,6 +124,19 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     workdir.Workdir(tmp_path, {}).close()
 
 
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    workdir.Workdir(tmp_path, {}).close()
+    (tmp_path / ".report.json.0123456789ab.tmp").write_text("{")
+    (tmp_path / "notes.tmp").write_text("the user's")
+    run = workdir.Workdir(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == ["notes.tmp"]
+    (tmp_path / ".model.safetensors.01234567.tmp").write_text("at work")
+    with pytest.raises(errors.InputError, match="in use"):
+        workdir.Workdir(tmp_path, {})
+    assert (tmp_path / ".model.safetensors.01234567.tmp").exists()
+    run.close()
+
+
 def test_lines_of_a_restored_stage_stand_where_they_stood(tmp_path):
     """Twice the same command: the same file, though nothing is computed again."""
 
@@ -186,6 +200,52 @@ def test_a_full_disk_is_one_line_and_what_was_committed_stays(tmp_path):
     run = workdir.Workdir(tmp_path, {})
     assert run.stage("work", np.zeros(1), pytest.fail) == np.ones(1)
     run.close()
+
+
+def test_a_refused_command_leaves_the_metrics_of_a_finished_run(tmp_path):
+    run = workdir.Workdir(tmp_path, {})
+    run.check_input("checkpoint", "a" * 64)
+    run.record("row", value=1)
+    run.close()
+    for value in (1, 2):
+        run = workdir.Workdir(tmp_path, {})
+        with pytest.raises(errors.InputError):
+            run.check_input("checkpoint", "b" * 64)
+        run.close()
+        line = (tmp_path / "metrics.jsonl").read_text("utf-8")
+        assert json.loads(line) == {"kind": "row", "value": value}
+        run = workdir.Workdir(tmp_path, {})
+        run.record("row", value=2)
+        run.close()
+
+
+def _origin(commit, jaxlib="0.10.1", devices=2):
+    return {"git_commit": commit, "versions": {"jaxlib": jaxlib}, "devices": devices}
+
+
+def test_stages_know_every_run_that_had_a_part_in_them(tmp_path, capsys):
+    like = np.zeros(1)
+
+    def begin(run):
+        run.commits("part").save(1, like, {})
+        raise KeyboardInterrupt
+
+    def go_on(run):
+        return run.commits("part").restore(like)[0]
+
+    origins = [_origin("a"), _origin("b"), _origin("c", devices=1)]
+    for origin, compute in zip(origins, (begin, go_on, None), strict=True):
+        run = workdir.Workdir(tmp_path, {}, origin=origin)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.stage("work", like, lambda compute=compute, run=run: compute(run))
+        run.close()
+    assert run.origins() == [origins[2], *origins[:2]]
+    said = capsys.readouterr().out
+    # Another commit alone may well give the same bits.
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning:")]
+    assert (
+        "work was computed with jaxlib 0.10.1 on 2 devices, this is jaxlib 0.10.1 on 1"
+    ) in warning
 
 
 def test_a_part_has_one_name_and_needs_a_stage(tmp_path):

@@ -10,13 +10,12 @@ concurrently, which leaves stray errors of other threads behind when one is dama
 Ours, too: the hash of every file (`receipts`), falling back to the previous step when
 the newest is damaged, and the choice of the steps to keep. Nothing is pickled. The
 directory is the only memory: every call lists it afresh, so a step that a crash took
-away is never asked for. One writer per directory; of several processes (`cluster`) the
-first, which must not be waiting for the others here.
+away is never asked for. One writer per directory; of several processes (`agreement`)
+the first, which must not be waiting for the others here.
 """
 
 import contextlib
 import logging
-import math
 import os
 import pathlib
 import re
@@ -45,7 +44,6 @@ def save(
     tree: Any,
     metadata: Mapping[str, Any] | None = None,
     *,
-    score: float | None = None,
     keep_newest: int = 2,
 ) -> None:
     """Saves a step and returns when it is on disk.
@@ -55,7 +53,6 @@ def save(
         step: larger than every step on disk. Damaged steps at or after it are removed.
         tree: pytree of arrays, typed keys among them.
         metadata: what JSON can hold.
-        score: larger is better; the best step is kept besides the newest.
         keep_newest: how many of the newest intact steps to keep, at least 1.
 
     Raises:
@@ -73,18 +70,19 @@ def save(
     root = _local(directory)
     leaves = records.name_leaves(tree)
     contents = {name: records.to_bytes(leaf) for name, leaf in leaves.items()}
-    record = records.seal(leaves, contents, step, score, metadata)
+    record = records.seal(leaves, contents, step, metadata)
     content = np.frombuffer(b"".join(contents.values()), np.uint8)
     if not content.size:
         raise errors.InputError(f"there is nothing to save in step {step}")
     with _as_unwritable(root, step):
         tidy(root)
         _make_room(root, step, tree)
-        # Ours, since Orbax's `best_fn` with `max_to_keep` deletes the newest step, and
-        # its metrics files do not survive damage.
-        scores = [*_scores(root), (step, score)]
-        keep = {kept for kept, _ in scores[-keep_newest:]} | {_best(scores)}
+        # Ours, since Orbax's `max_to_keep` counts damaged steps.
+        keep = {step, *_intact_steps(root)[::-1][: keep_newest - 1]}
+        is_new = not root.is_dir()
         root.mkdir(parents=True, exist_ok=True)  # Orbax does not for one process.
+        if is_new:
+            receipts.sync_parents(root)
         options = ocp.CheckpointManagerOptions(
             create=False,
             multiprocessing_options=_alone(),
@@ -105,7 +103,9 @@ def save(
         raise RuntimeError(f"step {step} was not saved in {root}, and Orbax was silent")
 
 
-def restore(directory: DirectoryPath, like: Any) -> tuple[Any, dict[str, Any]]:
+def restore(
+    directory: DirectoryPath, like: Any, *, settle: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Tree and metadata of the newest undamaged step.
 
     Damaged steps are passed over with a warning that names them; they stay on disk.
@@ -114,6 +114,8 @@ def restore(directory: DirectoryPath, like: Any) -> tuple[Any, dict[str, Any]]:
         directory: as given to `save`.
         like: pytree of the same structure, of arrays or `jax.ShapeDtypeStruct`. Only
             shapes and dtypes are used; where it holds numpy arrays, numpy comes back.
+        settle: also finishes what a save was killed in: forces a step without receipt
+            to disk and gives it one. For the writer of the directory.
 
     Raises:
         InputError: there is no step, none is undamaged, or the newest undamaged one is
@@ -124,10 +126,16 @@ def restore(directory: DirectoryPath, like: Any) -> tuple[Any, dict[str, Any]]:
     damages = []
     for step in reversed(steps(root)):
         try:
-            return _read(root, step, like)
+            restored = _read(root, step, like)
         except records.DamagedStep as damage:
             damages.append(f"step {step}: {damage}")
             _LOGGER.warning("checkpoint %s is damaged: %s", root / str(step), damage)
+            continue
+        if settle and not receipts.exists(root / str(step)):
+            with _as_unwritable(root, step):
+                receipts.sync_parents(root)
+                receipts.write(root / str(step))
+        return restored
     if damages:
         raise errors.InputError(
             f"no undamaged checkpoint in {root} ({'; '.join(damages)}); remove it to "
@@ -160,11 +168,6 @@ def tidy(directory: DirectoryPath) -> None:
             entry.unlink()
 
 
-def best_step(directory: DirectoryPath) -> int | None:
-    """Step with the largest score, the newest of equal ones; None without scores."""
-    return _best(_scores(_local(directory)))
-
-
 def _local(directory: DirectoryPath) -> pathlib.Path:
     if "://" in os.fspath(directory):
         raise errors.InputError(
@@ -176,7 +179,7 @@ def _local(directory: DirectoryPath) -> pathlib.Path:
 class _KeepSteps:
     """Orbax preservation policy: the steps of a set."""
 
-    def __init__(self, keep: set[int | None]):
+    def __init__(self, keep: set[int]):
         self._keep = keep
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
@@ -184,23 +187,15 @@ class _KeepSteps:
         return [checkpoint.step in self._keep for checkpoint in checkpoints]
 
 
-def _best(scores: list[tuple[int, float | None]]) -> int | None:
-    ranked = [
-        (score, step)
-        for step, score in scores
-        if score is not None and math.isfinite(score)
-    ]
-    return max(ranked)[1] if ranked else None
-
-
-def _scores(root: pathlib.Path) -> list[tuple[int, float | None]]:
-    """Score of every step whose files and record are intact."""
-    scores = []
+def _intact_steps(root: pathlib.Path) -> list[int]:
+    """Steps whose files and record are intact, ascending."""
+    intact = []
     for step in steps(root):
         with contextlib.suppress(records.DamagedStep):
             _check_files(root, step)
-            scores.append((step, _read_record(root, step)["score"]))
-    return scores
+            _read_record(root, step)
+            intact.append(step)
+    return intact
 
 
 def _make_room(root: pathlib.Path, step: int, tree: Any) -> None:

@@ -4,8 +4,8 @@
 A commit is a checkpoint step (`checkpoints`) of work that is not finished yet. One is
 due when the work since the last has taken twenty times as long as a commit does. So
 they never take more than 5 % of the time, stages of a few seconds make none, and a kill
-costs that much work and no more. Of several processes (`cluster`) the first commits, at
-moments that it alone chooses; all restore what it finds.
+costs that much work and no more. Of several processes (`agreement`) the first commits,
+at moments that it alone chooses; all restore what it finds.
 """
 
 import os
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nad_jax.training import checkpoints, cluster
+from nad_jax.training import agreement, checkpoints
 
 # Share of the time that may go into commits.
 SHARE = 0.05
@@ -54,10 +54,10 @@ class Commits:
         Raises:
             InputError: as `checkpoints.restore`.
         """
-        if not cluster.from_first(lambda: bool(checkpoints.steps(self._folder))):
+        if not agreement.from_first(lambda: bool(checkpoints.steps(self._folder))):
             return None
-        tree, stored = cluster.tree_from_first(
-            lambda: checkpoints.restore(self._folder, like), like
+        tree, stored = agreement.tree_from_first(
+            lambda: checkpoints.restore(self._folder, like, settle=True), like
         )
         self._newest = stored["step"]
         self._recall(stored["remembered"])
@@ -67,7 +67,7 @@ class Commits:
     def is_due(self) -> bool:
         """Whether enough work has been done since the last commit."""
         waited = time.monotonic() - self._since
-        return cluster.is_first() and waited >= self._cost / SHARE
+        return agreement.is_first() and waited >= self._cost / SHARE
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
         """Commits; nothing happens if `step` is the last commit's.
@@ -77,7 +77,7 @@ class Commits:
             tree: pytree of arrays; structure, shapes and dtypes are always the same.
             metadata: what JSON can hold.
         """
-        if step == self._newest or not cluster.is_first():
+        if step == self._newest or not agreement.is_first():
             return
         began = time.monotonic()
         stored = {

@@ -107,10 +107,10 @@ def fit(
             state of the last `on_epoch`.
     """
     images, labels = checked(images, labels)
-    order_of_epoch = functools.partial(
-        _order_of_epoch, num_examples=images.shape[0], batch_size=batch_size
+    order_in = functools.partial(
+        order_of_epoch, num_examples=images.shape[0], batch_size=batch_size
     )
-    order = jax.eval_shape(order_of_epoch, state.key, state.epoch)
+    order = jax.eval_shape(order_in, state.key, state.epoch)
     steps_per_epoch, examples_per_step = order.shape
     memory = Memory() if memory is None else memory
     history: list[Any] = []
@@ -129,7 +129,7 @@ def fit(
     run_steps = _compile_steps(step_fn, make_batch, mesh)
 
     for epoch in range(int(state.epoch), epochs):
-        order = order_of_epoch(state.key, state.epoch)
+        order = order_in(state.key, state.epoch)
         first_step = epoch * steps_per_epoch
         for count in _remaining(counts, position):
             stopping = should_stop is not None and should_stop()
@@ -147,9 +147,7 @@ def fit(
             state, metrics = run_steps(state, order, images, labels, count=count)
             position += count
             history.append(metrics)
-            if len(history) >= _PROGRAMS_AHEAD:
-                # The device stays busy, and a stop need not wait for a long queue.
-                jax.block_until_ready(history[-_PROGRAMS_AHEAD])
+            wait_for_device(history)
         state = state.replace(epoch=state.epoch + 1)
         means = _epoch_means(history, epoch, first_step)
         position, history = 0, []
@@ -173,8 +171,20 @@ def checked(images: Any, labels: Any) -> tuple[Any, jax.Array]:
     return images, jnp.asarray(labels).astype(jnp.int32)
 
 
+def wait_for_device(history: list[Any]) -> None:
+    """Waits while more than a few programs are on their way.
+
+    The device stays busy, and a stop need not wait for a long queue.
+
+    Args:
+        history: what the programs of the epoch return, the newest last.
+    """
+    if len(history) >= _PROGRAMS_AHEAD:
+        jax.block_until_ready(history[-_PROGRAMS_AHEAD])
+
+
 @functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
-def _order_of_epoch(
+def order_of_epoch(
     key: jax.Array, epoch: jax.Array, *, num_examples: int, batch_size: int
 ) -> jax.Array:
     """Indices `[steps, B]` of the images of one epoch."""

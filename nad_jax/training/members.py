@@ -21,7 +21,6 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from nad_jax import errors
-from nad_jax.data import batches
 from nad_jax.training import loop, sharding, steps
 from nad_jax.training import state as state_lib
 
@@ -83,7 +82,7 @@ def fit(
     orders = jax.jit(
         jax.vmap(
             functools.partial(
-                _order_of_epoch,
+                loop.order_of_epoch,
                 num_examples=images.shape[0],
                 batch_size=batch_size,
             )
@@ -110,6 +109,7 @@ def fit(
                 )
             state, means = run_step(state, order[:, step], images, labels)
             metrics.append(means)
+            loop.wait_for_device(metrics)
         state = state.replace(epoch=state.epoch + 1)
         fetched = jax.device_get(metrics)
         means = {
@@ -128,11 +128,6 @@ def fit(
     return [
         jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(members)
     ], history
-
-
-def _order_of_epoch(key, epoch, *, num_examples, batch_size):
-    key = state_lib.derive_key(key, state_lib.SHUFFLE)
-    return batches.epoch_indices(key, epoch, num_examples, batch_size)
 
 
 def _compile_step(

@@ -6,9 +6,11 @@ bytes that a reader happens to skip may rot unseen, until another reader needs t
 With a receipt every damaged byte of a step shows, and by the name of its file.
 
 A receipt is written after its step: a step without one was saved by a process that was
-killed in between, and is good if its leaves are.
+killed in between, and is good if its leaves are; but it may be in memory alone until it
+gets its receipt.
 """
 
+import errno
 import hashlib
 import os
 import pathlib
@@ -36,6 +38,24 @@ def write(folder: pathlib.Path) -> None:
     _sync(folder.parent)
 
 
+def exists(folder: pathlib.Path) -> bool:
+    """Whether a step has its receipt, and so is on disk."""
+    return (folder / _NAME).exists()
+
+
+def sync_parents(folder: pathlib.Path) -> None:
+    """Forces the names of a folder and of all that it is in to disk.
+
+    Some of those may be new, too; others are not ours to read, or cannot be synced.
+    """
+    for parent in folder.absolute().parents:
+        try:
+            _sync(parent)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
+                raise
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file beside steps is a receipt that was never finished."""
     return name.endswith(_TEMPORARY)
@@ -43,7 +63,7 @@ def is_leftover(name: str) -> bool:
 
 def check(folder: pathlib.Path) -> None:
     """Raises DamagedStep unless the files are those of the receipt, if there is one."""
-    if not (folder / _NAME).exists():
+    if not exists(folder):
         return
     content = (folder / _NAME).read_bytes()
     body, seal = content[:-64], content[-64:]

@@ -50,7 +50,6 @@ def seal(
     leaves: Mapping[str, Any],
     contents: Mapping[str, bytes],
     step: int,
-    score: float | None,
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Record of leaves and their bytes, with the hash that `open_sealed` checks.
@@ -61,7 +60,6 @@ def seal(
     record = {
         "format": _FORMAT,
         "step": int(step),
-        "score": None if score is None else float(score),
         "metadata": dict(metadata or {}),
         "leaves": {
             name: _describe(leaf) | {"sha256": _sha256(contents[name])}
@@ -157,7 +155,6 @@ def _is_complete(record: Mapping[str, Any]) -> bool:
     leaves = record.get("leaves")
     return (
         isinstance(record.get("step"), int)
-        and isinstance(record.get("score", ""), float | int | None)
         and isinstance(record.get("metadata"), dict)
         and isinstance(leaves, dict)
         and all(

@@ -4,7 +4,7 @@
 Under `jax.jit` that is all there is to it: the compiler makes means over a split batch
 global, those of batch normalisation included.
 
-A mesh may span the devices of several processes (`cluster`). Each process then holds
+A mesh may span the devices of several processes (`agreement`). Each process then holds
 the parts that belong to its devices, and gives `replicate` and `shard_batch` the whole
 value, the same in every process.
 """

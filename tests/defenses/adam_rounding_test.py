@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EFRAP's relaxed objective, against a float64 writing of its formulas.
+"""EFRAP's relaxed objective, against a float64 writing of it.
+
+Activation preservation, error-guided flipping and a penalty on soft roundings, as in Li
+et al., CVPR 2024 (arXiv 2405.12725), weighted as in the public code:
 
 L   = L_A + flip_weight * L_F + penalty_weight * L_P
 L_A = mean over batch and positions of sum over channels of (Y^ - Y)^2

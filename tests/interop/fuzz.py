@@ -14,7 +14,8 @@ Outcomes of a case, of which the last three must never occur:
 
 Case i of a seed is the same file on every machine and whatever ran before it. With
 --out, finished pieces are kept in FILE.pieces until all are done: a command that was
-stopped, repeated, continues.
+stopped, repeated, continues, as long as it is the same commit. Exit code 1 as well if a
+process has grown by more than 300 MB over its files, none of which is large.
 """
 
 import argparse
@@ -31,10 +32,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import mutations  # noqa: E402
 import oracles  # noqa: E402
+import result_file  # noqa: E402
 
 from nad_jax import errors  # noqa: E402
 from nad_jax.interop import reader  # noqa: E402
@@ -43,6 +45,7 @@ OUTCOMES = ("accepted", "rejected", "wrong_accept", "crash", "hang")
 FORMATS = tuple(mutations.MUTATORS)
 _HANG_SECONDS = 5.0
 _KEPT_FAILURES = 20
+MAX_GROWTH_MB = 300.0
 # Cases of one piece: half a minute or so, and seldom a new process.
 _PIECE = 5000
 
@@ -130,6 +133,7 @@ def summary(seed: int, cases: int, parts: list[dict], seconds: float) -> dict:
     }
     failures = [failure for part in parts for failure in part["failures"]]
     return {
+        **result_file.provenance(),
         "cases": cases,
         "seed": seed,
         "seconds": round(seconds, 1),
@@ -148,15 +152,17 @@ def fuzz(seed: int, cases: int, jobs: int = 1, pieces: Path | None = None) -> di
 
     "seconds" is the time of all pieces together, whenever and beside what they ran.
     """
-    done = {} if pieces is None else _read_pieces(pieces, seed)
+    made_by = result_file.provenance()
+    done = {} if pieces is None else _read_pieces(pieces, seed, made_by)
     ranges = [(start, min(start + _PIECE, cases)) for start in range(0, cases, _PIECE)]
 
     def keep(piece):
         done[piece["range"]] = piece
         if pieces is not None:
             with open(pieces, "a", encoding="utf-8") as stream:
+                line = json.dumps({"seed": seed, "made_by": made_by, **piece})
                 # On a line of its own, whatever a stop left before it.
-                stream.write("\n" + json.dumps({"seed": seed, **piece}) + "\n")
+                stream.write(f"\n{line}\n")
 
     todo = [limits for limits in ranges if limits not in done]
     if jobs == 1:
@@ -178,8 +184,11 @@ def _timed_piece(seed: int, limits: tuple[int, int]) -> dict:
     return {**piece, "range": limits, "seconds": time.perf_counter() - began}
 
 
-def _read_pieces(path: Path, seed: int) -> dict[tuple[int, int], dict]:
-    """Range of cases -> what came of them; a line cut off by a stop is left out."""
+def _read_pieces(path: Path, seed: int, made_by: dict) -> dict[tuple[int, int], dict]:
+    """Range of cases -> what came of them; a line cut off by a stop is left out.
+
+    So are pieces of another seed, another commit or other versions.
+    """
     found = {}
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     for line in lines:
@@ -187,14 +196,15 @@ def _read_pieces(path: Path, seed: int) -> dict[tuple[int, int], dict]:
             piece = json.loads(line)
         except ValueError:
             continue
-        if piece.pop("seed") == seed:
+        same_code = result_file.is_same(piece.pop("made_by", {}), made_by)
+        if piece.pop("seed") == seed and same_code:
             piece["range"] = tuple(piece["range"])
             found[piece["range"]] = piece
     return found
 
 
 def main() -> int:
-    """Exit code 1 if a case crashed, hung or was accepted wrongly."""
+    """Exit code 1 if a case is bad."""
     parser = argparse.ArgumentParser(description="Fuzz the model file readers.")
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -207,13 +217,20 @@ def main() -> int:
         pieces = Path(options.out + ".pieces")
     report = fuzz(options.seed, options.cases, options.jobs, pieces)
     if pieces is not None:
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+        temporary = Path(options.out + ".tmp")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, options.out)
         pieces.unlink()
     print(json.dumps({k: v for k, v in report.items() if k != "failures"}, indent=2))
     for failure in report["failures"]:
         print(failure["case"], failure["format"], failure["outcome"], failure["why"])
+    return 1 if is_bad(report) else 0
+
+
+def is_bad(report: dict) -> bool:
+    """Whether a case was bad, or took too much memory."""
     bad = sum(report["outcomes"][name] for name in ("wrong_accept", "crash", "hang"))
-    return 1 if bad else 0
+    return bad > 0 or report["peak_memory_growth_mb"] > MAX_GROWTH_MB
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SEED = int(os.environ.get("NAD_JAX_FUZZ_SEED", "20261122"))
 def assert_clean(report: dict) -> None:
     print(f"seed {report['seed']}: {report['outcomes']} in {report['seconds']} s")
     assert report["failures"] == [], f"seed {report['seed']}"
+    assert not fuzz.is_bad(report), report
     for name, counts in report["by_format"].items():
         # A fuzzer whose every file dies, or none, looks at nothing.
         assert counts["accepted"] > 0.02 * report["cases"] / 4, name
@@ -37,6 +38,8 @@ def test_twenty_thousand_mutants():
 def test_a_run_that_was_stopped_continues(tmp_path, monkeypatch):
     """Finished pieces are not run again, and the report is that of one run."""
     monkeypatch.setattr(fuzz, "_PIECE", 20)
+    made_by = {"git_commit": "0123", "versions": {}}
+    monkeypatch.setattr(fuzz.result_file, "provenance", lambda: made_by)
     whole = fuzz.fuzz(SEED, 70)
     run, ranges, pieces = fuzz.run, [], tmp_path / "pieces"
 
@@ -51,11 +54,20 @@ def test_a_run_that_was_stopped_continues(tmp_path, monkeypatch):
         fuzz.fuzz(SEED, 70, pieces=pieces)
     pieces.write_text(pieces.read_text() + '{"seed": 1, "ran')  # cut off in a write
     monkeypatch.setattr(fuzz, "run", run)
-    other_seed = fuzz._read_pieces(pieces, SEED + 1)
+    other_seed = fuzz._read_pieces(pieces, SEED + 1, made_by)
+    for commit in ("4567", "0123-dirty", None):
+        assert fuzz._read_pieces(pieces, SEED, made_by | {"git_commit": commit}) == {}
     resumed = fuzz.fuzz(SEED, 70, pieces=pieces)
     assert ranges == [(0, 20), (20, 40)] and other_seed == {}
     for key in ("cases", "seed", "outcomes", "by_format", "failures"):
         assert resumed[key] == whole[key], key
+
+
+def test_growth_without_bound_is_bad():
+    report = fuzz.fuzz(SEED, 4)
+    assert not fuzz.is_bad(report)
+    assert fuzz.is_bad(report | {"peak_memory_growth_mb": fuzz.MAX_GROWTH_MB + 1})
+    assert fuzz.is_bad(report | {"outcomes": report["outcomes"] | {"hang": 1}})
 
 
 def test_a_case_is_the_same_file_again():

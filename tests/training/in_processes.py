@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by `cluster_test` as two processes, which SLURM's variables announce.
+"""Run by `joining_test` as two processes, which SLURM's variables announce.
 
     python in_processes.py OUT
 
@@ -22,7 +22,7 @@ from nad_jax import errors
 from nad_jax.attacks import triggers
 from nad_jax.data import batches
 from nad_jax.defenses import efrap
-from nad_jax.training import cluster, evaluation, loop, sharding, steps
+from nad_jax.training import agreement, evaluation, joining, loop, sharding, steps
 from nad_jax.training import state as state_lib
 
 
@@ -107,31 +107,32 @@ def _message(function, *arguments) -> str:
 
 
 def agreements() -> dict[str, Any]:
-    """What the functions of `cluster` do in this process."""
+    """What the functions of `agreement` do in this process."""
     me = jax.process_index()
     like = {"a": jnp.zeros((2, 3)), "key": jax.random.key(0), "n": np.zeros(0, np.int8)}
     tree = {"a": jnp.full((2, 3), -0.0), "key": jax.random.key(7), "n": like["n"]}
-    got, extra = cluster.tree_from_first(lambda: (tree, {"step": 3}), like)
+    got, extra = agreement.tree_from_first(lambda: (tree, {"step": 3}), like)
     # Raised in process 1 alone, after the fourth question.
-    flag = cluster.AgreedFlag(lambda: me == 1 and len(answers) > 3)
+    flag = agreement.AgreedFlag(lambda: me == 1 and len(answers) > 3)
     answers: list[bool] = []
     for _ in range(25):
         answers.append(flag())
     uneven = sharding.mesh_for_batch(9)
     return {
-        "first": cluster.from_first(lambda: {"from": me, "text": "x" * 5000}),
+        "first": agreement.from_first(lambda: {"from": me, "text": "x" * 5000}),
         "tree": [bool(np.signbit(got["a"]).all()), extra, got["n"].dtype.name],
         "key": bool(
             jnp.all(jax.random.bits(got["key"]) == jax.random.bits(tree["key"]))
         ),
-        "same": cluster.in_all(lambda: "digest"),
+        "same": agreement.in_all(lambda: "digest"),
         "agreed error": _message(
-            cluster.from_first, _raising(errors.InputError("no such file"))
+            agreement.from_first, _raising(errors.InputError("no such file"))
         ),
-        "other error": _message(cluster.from_first, _raising(OSError("disk full"))),
-        "differs": _message(cluster.in_all, lambda: f"digest {me}"),
+        "other error": _message(agreement.from_first, _raising(OSError("disk full"))),
+        "differs": _message(agreement.in_all, lambda: f"digest {me}"),
         "fails in one": _message(
-            cluster.in_all, _raising(errors.InputError("no data")) if me else lambda: 1
+            agreement.in_all,
+            _raising(errors.InputError("no data")) if me else lambda: 1,
         ),
         "flag": answers.index(True),
         "shared": sharding.mesh_for_batch(12).size,
@@ -140,12 +141,12 @@ def agreements() -> dict[str, Any]:
 
 
 def main(out: str) -> None:
-    assert cluster.join("auto", wait_seconds=60) == 2
+    assert joining.join("auto", wait_seconds=60) == 2
     agreed = agreements()
     results = work(sharding.data_mesh())
     with open(f"{out}.{jax.process_index()}.json", "w", encoding="utf-8") as file:
         json.dump(agreed, file)
-    if cluster.is_first():
+    if agreement.is_first():
         np.savez(f"{out}.npz", **results)
 
 

@@ -8,7 +8,8 @@
 //   0  nothing: only count
 //   1  the process is killed before the call
 //   2  half of what was to be written is written, then the process is killed
-//   3  this call and all later ones that need space fail: the disk is full
+//   3  this call and all later ones that need space fail, an fsync of what the file
+//      system has taken without a place for it among them: the disk is full
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -104,6 +105,47 @@ WRITE(writev, real(fd, parts, n), real(fd, parts, n / 2), const struct iovec *pa
 WRITE(pwritev, real(fd, parts, n, offset), real(fd, parts, n / 2, offset),
       const struct iovec *parts, int n, off_t offset)
 
+// Between two descriptors: half of it is half of the length.
+#define COPY(name, offset_t)                                                   \
+  ssize_t name(int out, int in, offset_t *offset, size_t size) {               \
+    REAL(ssize_t, name, int, int, offset_t *, size_t);                         \
+    int what = count(mode >= 0 && fd_below(out), 1);                           \
+    if (what < 0) return -1;                                                   \
+    if (what > 0) {                                                            \
+      real(out, in, offset, size / 2);                                         \
+      die();                                                                   \
+    }                                                                          \
+    return real(out, in, offset, size);                                        \
+  }
+
+COPY(sendfile, off_t)
+COPY(sendfile64, off64_t)
+
+ssize_t copy_file_range(int in, off64_t *in_offset, int out, off64_t *out_offset,
+                        size_t size, unsigned flags) {
+  REAL(ssize_t, copy_file_range, int, off64_t *, int, off64_t *, size_t, unsigned);
+  int what = count(mode >= 0 && fd_below(out), 1);
+  if (what < 0) return -1;
+  if (what > 0) {
+    real(in, in_offset, out, out_offset, size / 2, flags);
+    die();
+  }
+  return real(in, in_offset, out, out_offset, size, flags);
+}
+
+// These two return their error.
+#define RESERVE(name, offset_t)                                                \
+  int name(int fd, offset_t offset, offset_t size) {                           \
+    REAL(int, name, int, offset_t, offset_t);                                  \
+    int what = count(mode >= 0 && fd_below(fd), 1);                            \
+    if (what < 0) return ENOSPC;                                               \
+    if (what > 0) die();                                                       \
+    return real(fd, offset, size);                                             \
+  }
+
+RESERVE(posix_fallocate, off_t)
+RESERVE(posix_fallocate64, off64_t)
+
 #define CHANGE(name, ours, space, arguments, ...)               \
   int name(__VA_ARGS__) {                                       \
     REAL(int, name, __VA_ARGS__);                               \
@@ -113,13 +155,27 @@ WRITE(pwritev, real(fd, parts, n, offset), real(fd, parts, n / 2, offset),
     return real arguments;                                      \
   }
 
-CHANGE(fsync, fd_below(fd), 0, (fd), int fd)
-CHANGE(fdatasync, fd_below(fd), 0, (fd), int fd)
+CHANGE(fsync, fd_below(fd), 1, (fd), int fd)
+CHANGE(fdatasync, fd_below(fd), 1, (fd), int fd)
 CHANGE(ftruncate, fd_below(fd), 0, (fd, size), int fd, off_t size)
 CHANGE(ftruncate64, fd_below(fd), 0, (fd, size), int fd, off64_t size)
 CHANGE(rename, below(to), 0, (from, to), const char *from, const char *to)
 CHANGE(renameat, at_below(to_dir, to), 0, (from_dir, from, to_dir, to), int from_dir,
        const char *from, int to_dir, const char *to)
+CHANGE(renameat2, at_below(to_dir, to), 0, (from_dir, from, to_dir, to, flags),
+       int from_dir, const char *from, int to_dir, const char *to, unsigned flags)
+CHANGE(link, below(to), 1, (from, to), const char *from, const char *to)
+CHANGE(linkat, at_below(to_dir, to), 1, (from_dir, from, to_dir, to, flags),
+       int from_dir, const char *from, int to_dir, const char *to, int flags)
+CHANGE(symlink, below(path), 1, (to, path), const char *to, const char *path)
+CHANGE(symlinkat, at_below(dir, path), 1, (to, dir, path), const char *to, int dir,
+       const char *path)
+CHANGE(truncate, below(path), 0, (path, size), const char *path, off_t size)
+CHANGE(truncate64, below(path), 0, (path, size), const char *path, off64_t size)
+CHANGE(fallocate, fd_below(fd), 1, (fd, how, offset, size), int fd, int how,
+       off_t offset, off_t size)
+CHANGE(fallocate64, fd_below(fd), 1, (fd, how, offset, size), int fd, int how,
+       off64_t offset, off64_t size)
 CHANGE(mkdir, below(path), 1, (path, rights), const char *path, mode_t rights)
 CHANGE(mkdirat, at_below(dir, path), 1, (dir, path, rights), int dir,
        const char *path, mode_t rights)

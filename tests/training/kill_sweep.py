@@ -7,19 +7,26 @@
 
 A shim in C (`kill_shim.c`, compiled here with cc; without cc there is no sweep) stands
 between the process and the C library, counts every write, open for writing, rename,
-fsync, mkdir and unlink below the folder, and kills with SIGKILL at the n-th of them.
+link, fsync, allocation, mkdir and unlink below the folder, and kills with SIGKILL at
+the n-th of them.
 
     first         the first save into an empty folder, killed at every call
     overwriting   a save on top of three, which deletes one of them, at every call
     stage         a stage of a workdir, from its open commit to its clean-up, likewise
+    report        both files of a report, on top of earlier ones, likewise
+    artefact      a model file, on top of an earlier one, likewise
     torn          overwriting, killed when half of a write is written
     full          overwriting, the disk full from the n-th call on
     random        saves without end, killed at a random time
     double        overwriting killed at a random call, and the next save again
 
 Each case is a process that dies, and then what the next run finds: a committed step
-with all its bits, never an older one than the last save that returned; and after the
-next save nothing in the folder but steps.
+with all its bits, never an older one than the last save that had returned, no part of a
+stage computed again that had been committed; and after the next save nothing in the
+folder but steps. The process that dies is forked, for each case anew, from one that has
+imported everything; all next runs are the work of one more process, which knows of the
+dead ones no more than the folder. A process that was not killed is a bad case, except
+on a full disk, where a save that succeeds must have been a save.
 """
 
 import collections
@@ -37,11 +44,25 @@ import sys
 import tempfile
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import forking  # noqa: E402
+import result_file  # noqa: E402
+
+_CASE = (
+    "one forked process that is killed, or meets a full disk, at one call, and the "
+    "next run in its folder by a process that was not killed"
+)
 _SHIM_SOURCE = pathlib.Path(__file__).with_name("kill_shim.c")
 _COUNT, _KILL, _TEAR, _FILL = range(4)
 _VALUES = 5_000
 _NUM_RANDOM, _NUM_DOUBLE = 100, 20
-KINDS = ("first", "overwriting", "stage", "torn", "full", "random", "double")
+# Kinds that are killed at every call that they make themselves.
+_STRUCK = ("first", "overwriting", "stage", "report", "artefact")
+KINDS = (*_STRUCK, "torn", "full", "random", "double")
+_PUBLISHED = {"report": ["report.html", "report.json"], "artefact": ["model"]}
+# How often calls are counted at different moments of different threads, at most.
+_ATTEMPTS = 5
 
 
 def build_shim(folder: str) -> str | None:
@@ -73,36 +94,49 @@ def save(folder: pathlib.Path, step: int) -> None:
     checkpoints.save(folder, step, tree_of(step), {"step": step})
 
 
-def prepare(kind: str, folder: pathlib.Path) -> None:
-    """What is there before the process that is killed."""
+def prepare(kind: str, folder: pathlib.Path, tell) -> None:
+    """What is there before the process that is killed; tells what was committed."""
     if kind == "stage":
         with contextlib.suppress(_Stop):
-            run_stage(folder, stop=True)
+            run_stage(folder, tell, stop=True)
+    elif kind in _PUBLISHED:
+        publish(kind, folder, 0)
+        tell(0)
     elif kind != "first":
         for step in range(3):
             save(folder, step)
+            tell(step)
 
 
-def act(kind: str, folder: pathlib.Path) -> None:
-    """What the process that is killed does."""
+def act(kind: str, folder: pathlib.Path, tell) -> None:
+    """What the process that is killed does; tells what it has committed, at once."""
     if kind == "stage":
-        run_stage(folder)
+        run_stage(folder, tell)
+    elif kind in _PUBLISHED:
+        publish(kind, folder, 1)
+        tell(1)
     else:
-        save(folder, 0 if kind == "first" else 3)
+        step = 0 if kind == "first" else 3
+        save(folder, step)
+        tell(step)
 
 
 class _Stop(Exception):
     pass
 
 
-def run_stage(folder: pathlib.Path, *, stop: bool = False) -> None:
-    """A workdir with one stage of two parts; stops in the second if asked to."""
+def run_stage(folder: pathlib.Path, tell, *, stop: bool = False) -> list:
+    """Runs a workdir with one stage of two parts; stops in the second if asked to.
+
+    Returns (part, number) of all that was computed; tells each when it is committed.
+    """
     import numpy as np
 
     from nad_jax import workdir as workdir_lib
 
     run = workdir_lib.Workdir(folder, {"a": 1})
     like = np.zeros(_VALUES)
+    computed = []
 
     def compute():
         total = like
@@ -114,8 +148,10 @@ def run_stage(folder: pathlib.Path, *, stop: bool = False) -> None:
                 if stop and (part, number) == ("two", 2):
                     raise _Stop
                 total = total + tree_of(number)["values"]
+                computed.append([part, number])
                 run.record("epoch", part=part, number=number)
                 commits.save(number + 1, total, {"done": number + 1})
+                tell([part, number])
         return total
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -125,21 +161,48 @@ def run_stage(folder: pathlib.Path, *, stop: bool = False) -> None:
             run.record("row", name="after")
         finally:
             run.close()
+    return computed
+
+
+def publish(kind: str, folder: pathlib.Path, version: int) -> None:
+    """Writes the last files of a run, which all hold their version."""
+    import numpy as np
+
+    from nad_jax import workdir as workdir_lib
+    from nad_jax.interop import safetensors_reader
+    from nad_jax.report import schema
+
+    run = workdir_lib.Workdir(folder, {"a": 1})
+    try:
+        if kind == "report":
+            schema.write_text(folder / "report.html", f"{version}\n" * _VALUES)
+            schema.write_json(folder / "report.json", [version] * _VALUES)
+        else:
+            arrays = {"a": np.full(_VALUES, version, np.float32)}
+            safetensors_reader.write_safetensors(folder / "model", arrays)
+    finally:
+        run.close()
 
 
 # ---- what the next finds ----
 
 
-def judge(kind: str, folder: pathlib.Path, committed: int | None) -> dict:
+def judge(kind: str, folder: str, committed: list) -> dict:
     """The next run, after a kill: what it restores, and what is left after its work.
 
     Args:
       kind: See the module docstring.
       folder: As the dead process left it.
-      committed: Last step whose save had returned; None without one.
+      committed: What had been told to be committed.
     """
     if kind == "stage":
-        return _judge_stage(folder)
+        return _judge_stage(pathlib.Path(folder), committed)
+    if kind in _PUBLISHED:
+        return _judge_published(kind, pathlib.Path(folder), committed)
+    return _judge_steps(pathlib.Path(folder), committed)
+
+
+def _judge_steps(folder: pathlib.Path, committed: list[int]) -> dict:
     import numpy as np
 
     from nad_jax.training import checkpoints
@@ -153,24 +216,42 @@ def judge(kind: str, folder: pathlib.Path, committed: int | None) -> dict:
             np.array_equal(tree[name], value)
             for name, value in tree_of(restored).items()
         )
-    lost = committed is not None and (restored is None or restored < committed)
     save(folder, 0 if restored is None else restored + 1)
-    names = set(os.listdir(folder))
-    litter = names - {str(step) for step in checkpoints.steps(folder)}
-    litter |= {
+    litter = set(os.listdir(folder)) - {str(step) for step in checkpoints.steps(folder)}
+    litter |= _temporaries(folder)
+    return {
+        "restored": restored,
+        "intact": intact,
+        "lost": _is_older(restored, committed),
+        "litter": len(litter),
+    }
+
+
+def _is_older(restored: int | None, committed: list[int]) -> bool:
+    return bool(committed) and (restored is None or restored < max(committed))
+
+
+def _temporaries(folder: pathlib.Path) -> set[str]:
+    return {
         str(path)
         for path in folder.rglob("*")
         if "tmp" in path.name or path.name.startswith(".")
     }
-    return {"restored": restored, "intact": intact, "lost": lost, "litter": len(litter)}
 
 
-def _judge_stage(folder: pathlib.Path) -> dict:
+def _judge_stage(folder: pathlib.Path, committed: list) -> dict:
     import numpy as np
 
     from nad_jax.training import checkpoints
 
-    run_stage(folder)
+    # What is on disk counts, too, where its writer was killed before it could tell.
+    parts = folder / "checkpoints" / "work.unfinished"
+    committed = committed + [
+        [part.name, number]
+        for part in parts.glob("*")
+        for number in range(max(checkpoints.steps(part), default=0))
+    ]
+    computed = run_stage(folder, lambda _: None)
     tree, _ = checkpoints.restore(folder / "checkpoints" / "work", np.zeros(_VALUES))
     # Three numbers in each of two parts; the order of the sums is that of the stage.
     expected = np.zeros(_VALUES)
@@ -184,180 +265,205 @@ def _judge_stage(folder: pathlib.Path) -> dict:
     litter |= set(os.listdir(folder / "checkpoints")) - {"work"}
     litter |= set(os.listdir(folder / "checkpoints" / "work")) - {"0"}
     return {
-        "restored": "stage",
+        "restored": f"{6 - len(computed)} of 6",
         "intact": bool(np.array_equal(tree, expected)) and complete,
-        "lost": False,
-        "litter": len(litter),
+        "lost": any(part in committed for part in computed),
+        "litter": len(litter | _temporaries(folder)),
     }
+
+
+def _judge_published(kind: str, folder: pathlib.Path, committed: list[int]) -> dict:
+    versions = [_version(folder / name) for name in _PUBLISHED[kind]]
+    publish(kind, folder, 2)
+    expected_files = {"config.json", "metrics.jsonl", "lock", *_PUBLISHED[kind]}
+    return {
+        # The last file is what tells of the others.
+        "restored": versions[-1],
+        "intact": None not in versions,
+        "lost": any(_is_older(version, committed) for version in versions),
+        "litter": len(set(os.listdir(folder)) - expected_files),
+    }
+
+
+def _version(path: pathlib.Path) -> int | None:
+    """What every value of a published file is; None if it is not whole."""
+    from nad_jax import errors
+    from nad_jax.interop import safetensors_reader
+
+    try:
+        if path.suffix == ".json":
+            values = json.loads(path.read_text("utf-8"))
+        elif path.suffix == ".html":
+            values = [int(line) for line in path.read_text("utf-8").splitlines()]
+        else:
+            values = safetensors_reader.read_safetensors(path)[0]["a"].tolist()
+    except (ValueError, OSError, errors.InputError):
+        return None
+    return int(values[0]) if values == [values[0]] * _VALUES else None
 
 
 # ---- processes, cases ----
 
 
 class Sweep:
-    """Runs cases; to be used in a process that has the shim, and no JAX backend yet."""
+    """Runs cases; to be used in a process that has the shim, and no JAX backend."""
 
     def __init__(self, shim: str, scratch: str, seed: int):
         self._shim = ctypes.CDLL(shim)
         self._shim.shim_calls.restype = ctypes.c_long
         self._scratch = pathlib.Path(scratch)
         self._seed = seed
-        self._templates: dict[str, pathlib.Path] = {}
-        _import_everything()
+        # What each kind starts with, and what of that is committed.
+        self._templates: dict[str, tuple[pathlib.Path, list]] = {}
+        self._counts: dict[str, int] = {}
+        forking.import_all(_what_a_save_imports())
+        self._judge = forking.Server(judge)
 
-    def _fork(self, work) -> tuple[int, str]:
-        """Wait status of a child that does `work`, and what it returned or raised."""
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.close(reading)
-                os.write(writing, json.dumps(work(writing)).encode())
-                code = 0
-            except BaseException as error:
-                text = f"{type(error).__name__}: {error}"
-                os.write(writing, json.dumps(text).encode())
-            finally:
-                os._exit(code)
-        os.close(writing)
-        with open(reading, encoding="utf-8") as stream:
-            output = stream.read()
-        return os.waitpid(child, 0)[1], output
+    def _template(self, kind: str) -> tuple[pathlib.Path, list]:
+        if kind not in self._templates:
+            folder = self._scratch / f"template-{kind}"
+            folder.mkdir()
+            outcome = forking.call(lambda tell: prepare(kind, folder, tell))
+            assert outcome.status == 0, outcome
+            self._templates[kind] = folder, outcome.told
+        return self._templates[kind]
 
-    def _checked(self, work) -> dict:
-        status, output = self._fork(lambda _: work())
-        if status:
-            return {"error": output or f"wait status {status}"}
-        return json.loads(output)
-
-    def _fresh(self, kind: str) -> pathlib.Path:
-        """A copy of what `kind` starts with."""
-        key = kind if kind in ("first", "stage") else "overwriting"
-        if key not in self._templates:
-            template = self._scratch / f"template-{key}"
-            template.mkdir()
-            self._checked(lambda: prepare(key, template))
-            self._templates[key] = template
+    def _copy(self, template: pathlib.Path) -> pathlib.Path:
         folder = self._scratch / "case"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self._templates[key], folder)
+        shutil.copytree(template, folder)
         return folder
 
-    def _strike(self, kind: str, folder: pathlib.Path, at: int, mode: int):
-        def work(_):
+    def _act(self, template: pathlib.Path, at: int, mode: int, work):
+        """A copy of `template`, and the outcome of `work` in it with the shim armed."""
+        folder = self._copy(template)
+
+        def armed(tell):
             self._shim.shim_arm(os.fsencode(folder), ctypes.c_long(at), mode)
-            act(kind, folder)
+            work(folder, tell)
             calls = self._shim.shim_calls()
             self._shim.shim_arm(b"", ctypes.c_long(0), -1)
             return calls
 
-        return self._fork(work)
+        return folder, forking.call(armed)
+
+    def _strike(self, template: pathlib.Path, at: int, mode: int, work):
+        """As `_act`, until the process was killed.
+
+        Threads make some calls more or less from one time to the next; one that had
+        ended before its number is struck at the last of the calls it had made.
+        """
+        for _ in range(_ATTEMPTS):
+            folder, outcome = self._act(template, at, mode, work)
+            if outcome.result is None:
+                break
+            at = outcome.result
+        return folder, outcome
 
     def cases(self) -> list[tuple[str, int]]:
         """Kind and number of every case."""
-        counts = {}
-        for kind in ("first", "overwriting", "stage"):
-            status, output = self._strike(kind, self._fresh(kind), 0, _COUNT)
-            assert status == 0, output
-            counts[kind] = int(output)
+        for kind in _STRUCK:
+            template, _ = self._template(kind)
+            outcome = self._act(template, 0, _COUNT, _worker(kind))[1]
+            assert outcome.status == 0 and outcome.result > 0, (kind, outcome)
+            self._counts[kind] = outcome.result
+        counts = {**self._counts, "random": _NUM_RANDOM, "double": _NUM_DOUBLE}
         counts["torn"] = counts["full"] = counts["overwriting"]
-        counts |= {"random": _NUM_RANDOM, "double": _NUM_DOUBLE}
         return [(kind, n) for kind in KINDS for n in range(1, counts[kind] + 1)]
 
     def run(self, kind: str, number: int) -> dict:
-        """Outcome of one case."""
+        """Outcome of one case; after `cases`."""
+        begins_with = kind if kind in _STRUCK else "overwriting"
+        template, committed = self._template(begins_with)
+        work = _worker(begins_with)
         generator = random.Random(f"{self._seed}:{kind}:{number}")
-        folder = self._fresh(kind)
-        committed = None if kind == "first" else 2
+        case = {"kind": kind, "number": number}
         if kind == "random":
-            outcome, committed = self._kill_at_random(folder, generator)
-        elif kind == "double":
-            status, _ = self._strike(
-                "overwriting", folder, generator.randint(1, 90), _KILL
-            )
-            killed_twice = os.WIFSIGNALED(status)
-            status, _ = self._fork(lambda _: self._second(folder, generator))
-            killed_twice = killed_twice and os.WIFSIGNALED(status)
-            outcome = {"killed": killed_twice}
+            folder, outcome = self._kill_at_random(template, generator)
         elif kind == "full":
-            status, output = self._strike("overwriting", folder, number, _FILL)
-            line = json.loads(output) if status else ""
-            one_line = line.startswith("InputError") and "\n" not in line
-            outcome = {"killed": status != 0, "one_line": not status or one_line}
-            if not outcome["one_line"]:
-                outcome["said"] = line
+            folder, outcome = self._act(template, number, _FILL, work)
+            failed = outcome.status != 0
+            line = outcome.error or ""
+            if failed and (not line.startswith("InputError") or "\n" in line):
+                case["said"] = line
+        elif kind == "double":
+            at = [generator.randint(1, self._counts["overwriting"]) for _ in range(2)]
+            folder, first = self._strike(template, at[0], _KILL, work)
+            after_one = self._scratch / "after-one"
+            shutil.rmtree(after_one, ignore_errors=True)
+            shutil.copytree(folder, after_one)
+            folder, outcome = self._strike(after_one, at[1], _KILL, _save_next)
+            committed = committed + first.told
+            case["killed_before"] = first.was_killed
         else:
-            act_kind = "overwriting" if kind == "torn" else kind
             mode = _TEAR if kind == "torn" else _KILL
-            status, _ = self._strike(act_kind, folder, number, mode)
-            outcome = {"killed": os.WIFSIGNALED(status)}
-        outcome |= self._checked(lambda: judge(kind, folder, committed))
-        return {"kind": kind, "number": number, **outcome}
+            folder, outcome = self._strike(template, number, mode, work)
+        case["killed"] = failed if kind == "full" else outcome.was_killed
+        committed = committed + outcome.told
+        return case | self._judge(begins_with, str(folder), committed)
 
-    def _second(self, folder: pathlib.Path, generator: random.Random) -> None:
-        from nad_jax.training import checkpoints
+    def _kill_at_random(self, template, generator):
+        folder = self._copy(template)
 
-        newest = checkpoints.restore(folder, tree_of(0))[1]["step"]
-        at = ctypes.c_long(generator.randint(1, 90))
-        self._shim.shim_arm(os.fsencode(folder), at, _KILL)
-        save(folder, newest + 1)
+        def save_on(tell):
+            for step in range(3, 1000):
+                save(folder, step)
+                tell(step)
 
-    def _kill_at_random(self, folder, generator) -> tuple[dict, int]:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                for step in range(3, 1000):
-                    save(folder, step)
-                    os.write(writing, b"%d\n" % step)
-            finally:
-                os._exit(1)
-        os.close(writing)
-        with open(reading, encoding="utf-8") as stream:
-            # The first save warms everything up.
-            saved = [stream.readline()]
-            time.sleep(generator.uniform(0.0, 0.5))
-            os.kill(child, signal.SIGKILL)
-            saved += stream.read().split()
-        status = os.waitpid(child, 0)[1]
-        return {"killed": os.WIFSIGNALED(status)}, int(saved[-1])
+        child, stream = forking.start(save_on)
+        first = json.loads(stream.readline() or "{}")  # it warms everything up
+        time.sleep(generator.uniform(0.0, 0.5))
+        # One that has ended by itself has its own status, which says so.
+        os.kill(child, signal.SIGKILL)
+        outcome = forking.finish(child, stream)
+        told = [first["told"]] if "told" in first else []
+        return folder, outcome._replace(told=told + outcome.told)
 
 
-def _import_everything() -> None:
-    """Imports all that a save imports, so that forked children need not.
+def _worker(kind: str):
+    return lambda folder, tell: act(kind, folder, tell)
 
-    A child finds out what that is: JAX must not start here, since its threads do not
-    survive a fork.
-    """
+
+def _save_next(folder: pathlib.Path, tell) -> None:
+    """The step after the newest that can be restored."""
+    from nad_jax.training import checkpoints
+
+    step = checkpoints.restore(folder, tree_of(0))[1]["step"] + 1
+    save(folder, step)
+    tell(step)
+
+
+def _what_a_save_imports() -> list[str]:
+    """Names of the modules that the work of all kinds loads, found out by a child."""
     with tempfile.TemporaryDirectory() as folder:
         code = (
             "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import kill_sweep\n"
-            "kill_sweep.prepare('overwriting', pathlib.Path(sys.argv[2]) / 'a')\n"
-            "kill_sweep.prepare('stage', pathlib.Path(sys.argv[2]) / 'b')\n"
+            "for kind in ('overwriting', 'stage', 'report', 'artefact'):\n"
+            "    folder = pathlib.Path(sys.argv[2]) / kind\n"
+            "    kill_sweep.prepare(kind, folder, lambda _: None)\n"
+            "    kill_sweep.judge(kind, str(folder), [])\n"
             "print(*[name for name in sys.modules if name.split('.')[0] in\n"
             "        ('jax', 'orbax', 'tensorstore', 'nad_jax', 'flax', 'etils')])"
         )
-        names = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-c", code, _SHIM_SOURCE.parent, folder],
             check=True,
             capture_output=True,
             text=True,
             env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
         ).stdout.split()
-    for name in names:
-        with contextlib.suppress(ImportError):
-            __import__(name)
 
 
 def is_good(case: dict) -> bool:
-    """Whether nothing was lost and nothing was left over."""
+    """Whether it was a kill, and nothing was lost and nothing was left over."""
     return (
         "error" not in case
+        and "said" not in case
+        and (case["killed"] or case["kind"] == "full")
+        and case.get("killed_before", True)
         and case["intact"]
         and not case["lost"]
         and case["litter"] == 0
-        and case.get("one_line", True)
     )
 
 
@@ -393,17 +499,17 @@ def main() -> int:
                 check=False,
             ).returncode
 
-    sys.path.insert(0, str(_SHIM_SOURCE.parent.parent))
-    import result_file
-
     options = result_file.sweep_options("Kill saves at every call.")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=result_file.scratch_folder()) as scratch:
         sweep = Sweep(os.environ["LD_PRELOAD"], scratch, options.seed)
         planned = sweep.cases()
-        done = result_file.run_cases(planned, sweep.run, options)
-    return result_file.finish(
-        options, done, planned=len(planned), is_good=is_good, summarize=summarize
-    )
+        results = result_file.run_cases(planned, sweep.run, options, case_is=_CASE)
+    code = results.finish(is_good=is_good, summarize=summarize)
+    for kind, counts in summarize(results.cases).items():
+        if counts["cases"] and not counts["struck"]:
+            print(f"no case of kind {kind} struck anything")
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

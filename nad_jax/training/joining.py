@@ -1,34 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that run as one program.
+"""Makes several processes one program, before JAX computes anything.
 
-Every process runs the same program with the same settings, in step: what is computed on
-arrays that are split over all devices must be started by all of them. Three things
-follow, and each has a function here:
-
-- `join`: before JAX computes anything, all processes find each other, or the job stops.
-  A pod that runs as N single machines would train N models and say nothing.
-- `from_first`: files belong to process 0. What it finds there, an error included, it
-  tells the others, so that no process takes another way.
-- `AgreedFlag`: a signal reaches processes at different moments; they must stop at the
-  same one.
-
-In a single process all of this is the plain function call it looks like.
+All of them find each other, or the job stops: a pod that runs as N single machines
+would train N models and say nothing. What they then agree upon is in `agreement`.
 """
 
-import json
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.training import records, sharding
+from nad_jax.training import agreement, sharding
+
+_LOGGER = logging.getLogger(__name__)
 
 MODES = ("auto", "off", "required")
 # What JAX is told beyond our own limit.
@@ -36,19 +28,12 @@ _PATIENCE_SECONDS = 3600
 
 # The others must have left before process 0, whose end ends them without a word.
 _GRACE_SECONDS = 2.0
-# Programs are compiled for the length of a message.
-_MESSAGE_BYTES = 1024
-# Questions to an `AgreedFlag` from one agreement to the next.
-_QUESTIONS = 10
+
+# What JAX calls the detection of TPU VMs.
+_TPU_VM = "gcetpu"
 
 # JAX calls itself initialized from the first attempt on.
 _joined = threading.Event()
-
-Json = TypeVar("Json")
-
-
-class AgreedError(errors.InputError):
-    """The same error in every process, at the same point."""
 
 
 class Announcement(NamedTuple):
@@ -64,9 +49,6 @@ class Announcement(NamedTuple):
     num_processes: int | None
 
 
-# ------------------------------------------------------------------------------ joining
-
-
 def join(
     mode: str = "auto",
     *,
@@ -79,10 +61,11 @@ def join(
 
     Args:
         mode: "auto" joins if a cluster is announced (`announced`), or if an address is
-            given; "required" fails where none is; "off" never joins.
+            given; "required" fails where none is, or one of a single process that
+            `num_processes` does not ask for; "off" never joins.
         coordinator_address: "host:port" of process 0, free there. Given for clusters
             that JAX does not know, always with the two below.
-        num_processes: how many processes there are.
+        num_processes: how many processes there are; 1 needs no address.
         process_id: which one this is, from 0.
         wait_seconds: how long to wait for the others.
 
@@ -103,7 +86,8 @@ def join(
         "process_id": process_id,
     }
     given = [name for name, value in explicit.items() if value is not None]
-    if given and len(given) < len(explicit):
+    alone = num_processes == 1 and given == ["num_processes"]
+    if given and len(given) < len(explicit) and not alone:
         missing = [f"--{name}" for name in explicit if name not in given]
         raise errors.InputError(f"--{given[0]} needs {' and '.join(missing)}, too")
     if mode == "off":
@@ -123,6 +107,11 @@ def join(
             )
         return 1
     if found.num_processes == 1:
+        if mode == "required" and not given:
+            raise errors.InputError(
+                f"--distributed=required, and {found.source} announces 1 process; if "
+                "one is meant, give --num_processes=1"
+            )
         return 1
     _initialize(found, explicit, wait_seconds)
     return jax.process_count()
@@ -133,38 +122,85 @@ def announced(environ: Mapping[str, str]) -> Announcement | None:
 
     It is announced even where it cannot be joined, as to a program that is started in
     an allocation but not by `srun`: there it must be refused, not overlooked.
+
+    Raises:
+        InputError: as `_one_of`, or a variable that must be a number is none.
     """
+    return _one_of(_announcements(environ))
+
+
+def _announcements(environ: Mapping[str, str]) -> list[Announcement]:
+    """All of them, which may be several: a TPU pod of a Kubernetes cluster is both."""
+    found = []
     for source, names in (
         ("SLURM", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
         ("Open MPI", ("OMPI_COMM_WORLD_SIZE",)),
         ("MPI", ("PMI_SIZE",)),
     ):
-        for name in names:
-            if environ.get(name):
-                return Announcement(source, _number(name, environ[name]))
+        told = [name for name in names if environ.get(name)]
+        if told:
+            found.append(Announcement(source, _number(told[0], environ[told[0]])))
     slices = environ.get("MEGASCALE_NUM_SLICES") or "1"
-    workers = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get(
+        "TPU_WORKER_HOSTNAMES"
+    )
     if workers:
         per_slice = len(workers.split(","))
-        return Announcement(
-            "TPU pod", per_slice * _number("MEGASCALE_NUM_SLICES", slices)
+        found.append(
+            Announcement("TPU pod", per_slice * _number("MEGASCALE_NUM_SLICES", slices))
         )
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        return Announcement("Kubernetes", None)
-    return None
+        found.append(Announcement("Kubernetes", None))
+    return found
+
+
+def _one_of(found: list[Announcement]) -> Announcement | None:
+    """The one that counts: several processes, else an unknown number, else one.
+
+    Where a batch job of one task starts a pod, the pod is meant.
+
+    Raises:
+        InputError: two of them announce different numbers above 1.
+    """
+    several = [one for one in found if (one.num_processes or 0) > 1]
+    for other in several[1:]:
+        if other.num_processes != several[0].num_processes:
+            raise errors.InputError(
+                f"{several[0].source} announces {several[0].num_processes} processes "
+                f"and {other.source} {other.num_processes}; give "
+                "--coordinator_address, --num_processes and --process_id, or "
+                "--distributed=off"
+            )
+    unknown = [one for one in found if one.num_processes is None]
+    return next(iter([*several, *unknown, *found]), None)
 
 
 def _announced_or_detected() -> Announcement | None:
-    if found := announced(os.environ):
-        return found
-    # A TPU VM announces its pod on a metadata server alone, and the one who knows how
-    # to ask is not public.
+    found = _announcements(os.environ)
+    if all(one.num_processes == 1 for one in found):
+        found += _on_metadata_server()
+    return _one_of(found)
+
+
+def _on_metadata_server() -> list[Announcement]:
+    """The pod of a TPU VM, which is announced there alone.
+
+    Who knows how to ask is not public in JAX.
+    """
     from jax._src import clusters
 
-    for detected in clusters.ClusterEnv._cluster_types:
-        if detected.name == "gcetpu" and detected.is_env_present():
-            return Announcement("TPU pod", int(detected.get_process_count()))
-    return None
+    known = [one for one in clusters.ClusterEnv._cluster_types if one.name == _TPU_VM]
+    if not known:
+        _LOGGER.warning(
+            "this version of JAX has no %r: a pod that only a metadata server "
+            "announces is not found; give --coordinator_address",
+            _TPU_VM,
+        )
+    return [
+        Announcement("TPU pod", int(one.get_process_count()))
+        for one in known
+        if one.is_env_present()
+    ]
 
 
 def _number(name: str, value: str) -> int:
@@ -265,10 +301,10 @@ def _meet() -> None:
     mesh = sharding.data_mesh()
     ones = sharding.shard_batch(np.ones(mesh.size, np.float32), mesh)
     total = jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(ones)
-    met = _gather(jax.process_index())
+    met = agreement.gather(jax.process_index())
     if float(total) != mesh.size or met != list(range(jax.process_count())):
         raise errors.InputError(f"processes {met} and {total} devices answer")
-    from_first(lambda: None)
+    agreement.from_first(lambda: None)
 
 
 def is_joined() -> bool:
@@ -285,159 +321,6 @@ def abandon(exit_code: int) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    if _joined.is_set() and is_first():
+    if _joined.is_set() and agreement.is_first():
         time.sleep(_GRACE_SECONDS)
     os._exit(exit_code)
-
-
-# ---------------------------------------------------------------------------- agreement
-
-
-def is_first() -> bool:
-    """Whether this is process 0, the only one that writes files."""
-    return jax.process_index() == 0
-
-
-def from_first(compute: Callable[[], Json]) -> Json:
-    """The value of `compute` in process 0, for all processes.
-
-    Args:
-        compute: called in process 0 only; returns what JSON can hold.
-
-    Raises:
-        AgreedError: `compute` raised InputError; the same line in all processes.
-        RuntimeError: it raised something else, in the other processes.
-    """
-    if jax.process_count() == 1:
-        return compute()
-    return json.loads(_bytes_from_first(lambda: json.dumps(compute()).encode()))
-
-
-def tree_from_first(
-    compute: Callable[[], tuple[Any, Json]], like: Any
-) -> tuple[Any, Json]:
-    """As `from_first`, for a pytree of arrays and what comes with it.
-
-    Args:
-        compute: returns (tree, what JSON can hold).
-        like: pytree of arrays or `jax.ShapeDtypeStruct` of the tree's structure.
-    """
-    if jax.process_count() == 1:
-        return compute()
-    leaves = records.name_leaves(like)
-
-    def pack() -> bytes:
-        tree, extra = compute()
-        values = records.name_leaves(tree)
-        head = json.dumps(extra).encode()
-        return b"".join(
-            [
-                len(head).to_bytes(8, "big"),
-                head,
-                *map(records.to_bytes, values.values()),
-            ]
-        )
-
-    message = _bytes_from_first(pack)
-    start = 8 + int.from_bytes(message[:8], "big")
-    extra = json.loads(message[8:start])
-    values = []
-    for leaf in leaves.values():
-        end = start + records.num_bytes(leaf)
-        values.append(records.from_bytes(message[start:end], leaf))
-        start = end
-    return jax.tree.unflatten(jax.tree.structure(like), values), extra
-
-
-def in_all(compute: Callable[[], Json]) -> Json:
-    """The value of `compute`, called in every process, which must be the same in all.
-
-    For what each process reads for itself: if one of them cannot, or reads something
-    else, all stop.
-
-    Raises:
-        AgreedError: `compute` raised InputError in some process, or two values differ.
-    """
-    if jax.process_count() == 1:
-        return compute()
-    value, error = None, None
-    try:
-        value = compute()
-    except errors.InputError as problem:
-        error = str(problem)
-    answers = _gather({"error": error, "value": value})
-    for process, answer in enumerate(answers):
-        if answer["error"] is not None:
-            raise AgreedError(f"{answer['error']} (process {process})") from None
-    for process, answer in enumerate(answers):
-        if answer["value"] != answers[0]["value"]:
-            raise AgreedError(
-                f"process {process} does not have what process 0 has: "
-                f"{answer['value']!r}, not {answers[0]['value']!r}"
-            )
-    return value  # pyright: ignore[reportReturnType]
-
-
-class AgreedFlag:
-    """A flag that any process may raise, and that all see at the same question.
-
-    Every process must ask equally often. An agreement costs a round over the network
-    and waits for what the devices have to do, so that only every tenth question is one;
-    with a single process the flag is seen at once.
-    """
-
-    def __init__(self, is_set: Callable[[], bool]):
-        self._is_set = is_set
-        self._asked = 0
-        self._agreed = False
-
-    def __call__(self) -> bool:
-        if jax.process_count() == 1:
-            return self._is_set()
-        if self._asked % _QUESTIONS == 0 and not self._agreed:
-            self._agreed = any(_gather(self._is_set()))
-        self._asked += 1
-        return self._agreed
-
-
-def _bytes_from_first(compute: Callable[[], bytes]) -> bytes:
-    """Bytes that process 0 computes; an exception there is one everywhere."""
-    from jax.experimental import multihost_utils
-
-    content, failure = b"", None
-    if is_first():
-        try:
-            content = compute()
-        except Exception as error:
-            failure = error
-    head = {"size": len(content), "error": None, "is_input_error": False}
-    if failure is not None:
-        head["error"] = str(failure) or type(failure).__name__
-        head["is_input_error"] = isinstance(failure, errors.InputError)
-    head = _gather(head)[0]
-    if head["is_input_error"]:
-        raise AgreedError(head["error"]) from failure
-    if head["error"] is not None:
-        raise failure or RuntimeError(f"process 0 failed: {head['error']}")
-    size = head["size"]
-    padded = np.zeros(max(_MESSAGE_BYTES, 1 << (size - 1).bit_length()), np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    received = multihost_utils.broadcast_one_to_all(padded)
-    return np.asarray(received, np.uint8)[:size].tobytes()
-
-
-def _gather(value: Any) -> list[Any]:
-    """The value of every process, in their order; what JSON can hold."""
-    from jax.experimental import multihost_utils
-
-    content = json.dumps(value).encode()
-    sizes = multihost_utils.process_allgather(np.asarray([len(content)], np.int32))
-    longest = int(np.max(sizes))
-    longest += -longest % _MESSAGE_BYTES
-    padded = np.zeros(longest, np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [
-        json.loads(row[:size].tobytes())
-        for row, size in zip(rows, sizes.reshape(-1), strict=True)
-    ]

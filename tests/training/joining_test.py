@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors
-from nad_jax.training import cluster
+from nad_jax.training import agreement, joining
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -44,6 +44,30 @@ def no_cluster(monkeypatch):
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, ("TPU pod", 4)),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, ("TPU pod", 1)),
         (
+            {"TPU_PROCESS_ADDRESSES": "", "TPU_WORKER_HOSTNAMES": "a,b"},
+            ("TPU pod", 2),
+        ),
+        # A batch job of one task that starts a pod; a pod of a Kubernetes cluster.
+        ({"SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "a,b"}, ("TPU pod", 2)),
+        ({"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4"}, ("SLURM", 4)),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, ("Open MPI", 1)),
+        (
+            {
+                "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+                "JOB_COMPLETION_INDEX": "0",
+                "TPU_WORKER_HOSTNAMES": "a,b",
+            },
+            ("TPU pod", 2),
+        ),
+        (
+            {
+                "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+                "JOB_COMPLETION_INDEX": "0",
+                "PMI_SIZE": "1",
+            },
+            ("Kubernetes", None),
+        ),
+        (
             {"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"},
             ("TPU pod", 6),
         ),
@@ -55,7 +79,7 @@ def no_cluster(monkeypatch):
     ],
 )
 def test_the_surroundings_say_how_many_processes_there_are(environ, expected):
-    assert cluster.announced(environ) == expected
+    assert joining.announced(environ) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,6 +102,16 @@ def test_the_surroundings_say_how_many_processes_there_are(environ, expected):
             },
             ["--distributed=off cannot go with --coordinator_address"],
         ),
+        (
+            {"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "2"},
+            {},
+            ["SLURM announces 4 processes and Open MPI 2", "--distributed=off"],
+        ),
+        (
+            {"SLURM_NTASKS": "1"},
+            {"mode": "required"},
+            ["SLURM announces 1 process", "give --num_processes=1"],
+        ),
         ({"SLURM_NTASKS": "many"}, {}, ["SLURM_NTASKS must be a number", "'many'"]),
         # Started in an allocation, but not by srun; or not by mpirun.
         ({"SLURM_NTASKS": "4"}, {}, ["SLURM announces 4", "srun", "off"]),
@@ -89,7 +123,7 @@ def test_who_cannot_join_does_not_go_on_alone(monkeypatch, environ, options, wor
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(errors.InputError) as raised:
-        cluster.join(**options)
+        joining.join(**options)
     for word in words:
         assert word in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -97,31 +131,72 @@ def test_who_cannot_join_does_not_go_on_alone(monkeypatch, environ, options, wor
 
 
 @pytest.mark.parametrize(
-    ("environ", "mode"),
+    ("environ", "options"),
     [
-        ({}, "auto"),
-        ({"SLURM_NTASKS": "1"}, "auto"),
-        ({"SLURM_NTASKS": "1"}, "required"),
-        ({"SLURM_NTASKS": "4"}, "off"),
+        ({}, {}),
+        ({"SLURM_NTASKS": "1"}, {}),
+        ({"SLURM_NTASKS": "1"}, {"mode": "required", "num_processes": 1}),
+        ({}, {"num_processes": 1}),
+        ({"SLURM_NTASKS": "4"}, {"mode": "off"}),
     ],
 )
-def test_one_process_is_no_cluster(monkeypatch, environ, mode):
+def test_one_process_is_no_cluster(monkeypatch, environ, options):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert cluster.join(mode) == 1
+    assert joining.join(**options) == 1
     assert not jax.distributed.is_initialized()
 
 
+class _TpuVm:
+    name = "gcetpu"
+
+    @staticmethod
+    def is_env_present():
+        return True
+
+    @staticmethod
+    def get_process_count():
+        return 4
+
+
+def test_jax_still_detects_tpu_vms_by_the_name_asked_for():
+    from jax._src import clusters
+
+    types = clusters.ClusterEnv._cluster_types
+    (known,) = [one for one in types if one.name == "gcetpu"]
+    assert known.is_env_present() is False
+
+
+def test_a_pod_on_a_metadata_server_is_found_also_beside_one_task(monkeypatch):
+    from jax._src import clusters
+
+    monkeypatch.setattr(clusters.ClusterEnv, "_cluster_types", [_TpuVm])
+    for environ in ({}, {"SLURM_NTASKS": "1"}):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        assert joining._announced_or_detected() == ("TPU pod", 4)
+
+
+def test_a_jax_without_that_detection_is_told_of_in_one_line(monkeypatch, caplog):
+    from jax._src import clusters
+
+    monkeypatch.setattr(clusters.ClusterEnv, "_cluster_types", [])
+    assert joining.join() == 1
+    (record,) = caplog.records
+    assert "has no 'gcetpu'" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
 def test_alone_everything_is_the_plain_call():
-    flag = cluster.AgreedFlag(iter([False, True, False]).__next__)
+    flag = agreement.AgreedFlag(iter([False, True, False]).__next__)
     assert [flag(), flag(), flag()] == [False, True, False]
     tree = {"a": np.arange(3)}
-    assert cluster.from_first(lambda: tree) is tree
-    assert cluster.in_all(lambda: tree) is tree
-    assert cluster.tree_from_first(lambda: (tree, 1), tree) == (tree, 1)
+    assert agreement.from_first(lambda: tree) is tree
+    assert agreement.in_all(lambda: tree) is tree
+    assert agreement.tree_from_first(lambda: (tree, 1), tree) == (tree, 1)
     with pytest.raises(OSError, match="full"):
-        cluster.from_first(lambda: (_ for _ in ()).throw(OSError("full")))
-    cluster.abandon(3)  # returns
+        agreement.from_first(lambda: (_ for _ in ()).throw(OSError("full")))
+    joining.abandon(3)  # returns
 
 
 def _free_port() -> int:
