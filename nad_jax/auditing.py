@@ -38,7 +38,7 @@ from nad_jax.interop import (
     name_maps,
     onnx_codes,
     reader,
-    safetensors_reader,
+    safetensors_file,
 )
 from nad_jax.models import layers as layers_lib
 from nad_jax.models import sums
@@ -241,7 +241,7 @@ def audit(
 
 def _read(path: str | os.PathLike[str]) -> _Stated:
     with bounded_file.BoundedFile(path) as file:
-        is_artifact = safetensors_reader.looks_like_safetensors(file)
+        is_artifact = safetensors_file.looks_like_safetensors(file)
     if is_artifact:
         stored = artifact.read_artifact(path)
         shape = stored.card.get("image_shape")

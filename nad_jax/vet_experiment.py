@@ -29,7 +29,7 @@ from nad_jax.data import batches, sources
 from nad_jax.defenses import base, nad
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.export import stablehlo
-from nad_jax.interop import artifact, name_maps, reader, safetensors_reader
+from nad_jax.interop import artifact, name_maps, reader, safetensors_file
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
 from nad_jax.training import environment, evaluation, loop
@@ -387,7 +387,7 @@ def _export(
         quant_params=shipped.quant_params,
     )
     files["stablehlo"].write_bytes(program)
-    safetensors_reader.write_safetensors(
+    safetensors_file.write_safetensors(
         files["float"], name_maps.to_torch(repaired, converted.names)
     )
     # The card comes last and holds the hashes: files without one are unfinished.

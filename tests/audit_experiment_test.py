@@ -10,7 +10,7 @@ import pytest
 
 from nad_jax import main, models
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.interop import arch_match, artifact, name_maps, safetensors_reader
+from nad_jax.interop import arch_match, artifact, name_maps, safetensors_file
 from nad_jax.models import common
 
 EVALUATE = {"train": False}
@@ -25,7 +25,7 @@ def files(tmp_path_factory):
     torch_names = arch_match._module_names({}, "wrn_10_1")
     leaves = arch_match._expected(model, 3, torch_names)
     names = {name: leaf.path for name, leaf in leaves.items()}
-    safetensors_reader.write_safetensors(
+    safetensors_file.write_safetensors(
         folder / "float", name_maps.to_torch(variables, names)
     )
     result = efrap_lib.efrap(
@@ -75,11 +75,11 @@ def test_exit_codes_say_honest_findings_or_could_not_be_judged(files, tmp_path, 
     assert report["honest"] and report["findings"] == []
     assert {layer["rounding"] for layer in report["audit"]["layers"]} == {"nearest"}
 
-    arrays, metadata = safetensors_reader.read_safetensors(files / "integers")
+    arrays, metadata = safetensors_file.read_safetensors(files / "integers")
     name = "codes/fc"
     codes = np.array(arrays[name])
     codes[0, 0] += 3 if codes[0, 0] < 0 else -3
-    safetensors_reader.write_safetensors(
+    safetensors_file.write_safetensors(
         files / "tampered", {**arrays, name: codes}, metadata
     )
     assert _run(files, tmp_path / "b", integer_file="tampered") == 1

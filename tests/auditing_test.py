@@ -14,7 +14,7 @@ from nad_jax.core import grids as grids_lib
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.interop import artifact, safetensors_reader
+from nad_jax.interop import artifact, safetensors_file
 from nad_jax.models import layers as layers_lib
 
 EVALUATE = {"train": False}
@@ -449,9 +449,9 @@ def test_files_that_do_not_belong_together_are_refused(case, tmp_path):
     (tmp_path / "noise").write_bytes(b"\x08\x0a not a model")
     refused("ONNX", file=tmp_path / "noise")
     refused("cannot open", file=tmp_path / "nowhere")
-    arrays, metadata = safetensors_reader.read_safetensors(path)
+    arrays, metadata = safetensors_file.read_safetensors(path)
     with pytest.raises(errors.InputError):
         auditing.audit({**case.variables, "params": other}, path, module=case.module)
-    safetensors_reader.write_safetensors(tmp_path / "x", dict(arrays), {})
+    safetensors_file.write_safetensors(tmp_path / "x", dict(arrays), {})
     refused("no artefact", file=tmp_path / "x")
     del metadata

@@ -17,7 +17,7 @@ from nad_jax.interop import (
     artifact,
     name_maps,
     onnx_codes,
-    safetensors_reader,
+    safetensors_file,
 )
 from nad_jax.models import common
 from nad_jax.report import schema
@@ -43,7 +43,7 @@ def _write_stranger(path, num_classes):
     torch_names = arch_match._module_names({}, "wrn_10_1")
     leaves = arch_match._expected(model, 3, torch_names)
     names = {name: leaf.path for name, leaf in leaves.items()}
-    safetensors_reader.write_safetensors(path, name_maps.to_torch(variables, names))
+    safetensors_file.write_safetensors(path, name_maps.to_torch(variables, names))
     return path
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from nad_jax import errors
 from nad_jax.core import quantization
-from nad_jax.interop import reader, safetensors_reader
+from nad_jax.interop import reader, safetensors_file
 
 FORMAT = "nad_jax.artifact/1"
 
@@ -93,7 +93,7 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
         "activations": artifact.act_spec and dataclasses.asdict(artifact.act_spec),
     }
     card = json.dumps({**artifact.card, "format": FORMAT, "grids": grids})
-    safetensors_reader.write_safetensors(path, arrays, {"card": card})
+    safetensors_file.write_safetensors(path, arrays, {"card": card})
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:

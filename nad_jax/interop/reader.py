@@ -6,7 +6,7 @@ refuses the file that is the answer: there is no second, looser attempt.
 
     torch-zip     torch.save since 1.6        torch_reader
     torch-legacy  torch.save before           torch_reader
-    safetensors                               safetensors_reader
+    safetensors                               safetensors_file
     flax-msgpack  flax.serialization          msgpack_reader
 """
 
@@ -19,7 +19,7 @@ from nad_jax.interop import (
     bounded_file,
     model_entry,
     msgpack_reader,
-    safetensors_reader,
+    safetensors_file,
     stored_array,
     torch_reader,
 )
@@ -70,7 +70,7 @@ def read_checkpoint(
         else:
             if entry is not None:
                 raise file.error("a safetensors file has no entries; leave entry out")
-            arrays, metadata = safetensors_reader.read_open_file(file)
+            arrays, metadata = safetensors_file.read_open_file(file)
             arrays = model_entry.without_parallel_prefix(arrays)
             arrays = model_entry.checked_names(arrays, file)
         _check_finite(arrays, file)
@@ -80,7 +80,7 @@ def read_checkpoint(
 def detect_format(file: bounded_file.BoundedFile) -> str:
     """One of `FORMATS`, from the first bytes of the file."""
     start = file.read(0, min(file.size, 16))
-    if safetensors_reader.looks_like_safetensors(file):
+    if safetensors_file.looks_like_safetensors(file):
         return "safetensors"
     if start[:4] == b"PK\x03\x04":
         return "torch-zip"

@@ -11,7 +11,7 @@ import pytest
 
 from nad_jax import errors
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.interop import artifact, safetensors_reader
+from nad_jax.interop import artifact, safetensors_file
 
 
 class _Net(nn.Module):
@@ -66,7 +66,7 @@ def test_kernels_are_stored_as_integers_only(tmp_path):
     result, _ = _quantized()
     path = tmp_path / "model.safetensors"
     artifact.write_artifact(path, _artifact(result))
-    names = safetensors_reader.read_safetensors(path)[0]
+    names = safetensors_file.read_safetensors(path)[0]
     assert "codes/Conv_0" in names and "float/params/Conv_0/bias" in names
     assert not any(name.endswith("kernel") for name in names)
 
@@ -82,10 +82,10 @@ def test_codes_of_another_model_are_not_written(tmp_path):
 
 
 def _spoiled(path, change):
-    arrays, metadata = safetensors_reader.read_safetensors(path)
+    arrays, metadata = safetensors_file.read_safetensors(path)
     arrays, metadata = dict(arrays), dict(metadata)
     change(arrays, metadata)
-    safetensors_reader.write_safetensors(path, arrays, metadata)
+    safetensors_file.write_safetensors(path, arrays, metadata)
 
 
 @pytest.mark.parametrize(
