@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from nad_jax import auditing, roundings, settings
+from nad_jax import auditing, roundings, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
 from nad_jax.interop import artifact
@@ -62,7 +62,7 @@ def run(
         "seconds": workdir.seconds,
     }
     report = schema.plain(report, "audit")
-    schema.write_json(workdir.path / "audit.json", report)
+    whole_file.write_json(workdir.path / "audit.json", report)
     return report
 
 

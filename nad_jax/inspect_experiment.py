@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from nad_jax import roundings, settings
+from nad_jax import roundings, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.core import grids
 from nad_jax.data import sources
@@ -95,7 +95,7 @@ def run(
         "seconds": workdir.seconds,
     }
     report = schema.plain(report, "inspection")
-    schema.write_json(workdir.path / "inspection.json", report)
+    whole_file.write_json(workdir.path / "inspection.json", report)
     return report
 
 

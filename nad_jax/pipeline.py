@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, settings
+from nad_jax import errors, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import attention
@@ -296,9 +296,10 @@ def write_report(
     )
 
     def write():
-        schema.write_text(workdir.path / "report.html", html.render(report, figures))
+        page = html.render(report, figures)
+        whole_file.write_text(workdir.path / "report.html", page)
         # Last, so that a report.json on disk means that the run was finished.
-        schema.write_json(workdir.path / "report.json", report)
+        whole_file.write_json(workdir.path / "report.json", report)
 
     cluster.from_first(write)
     workdir.say(tables.headline(rows))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, pipeline, roundings, settings
+from nad_jax import errors, pipeline, roundings, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import metrics
@@ -396,7 +396,7 @@ def _export(
         for kind, path in files.items()
         if kind != "card"
     }
-    schema.write_json(files["card"], schema.plain(card, "card"))
+    whole_file.write_json(files["card"], schema.plain(card, "card"))
     return files
 
 

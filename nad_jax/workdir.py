@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nad_jax import errors
+from nad_jax import errors, whole_file
 from nad_jax.report import schema
 from nad_jax.training import cluster
 
@@ -108,7 +108,7 @@ class Workdir:
         """Raises InputError if the folder belongs to another configuration."""
         stored = self._stored("config.json")
         if stored is None:
-            schema.write_json(self.path / "config.json", config)
+            whole_file.write_json(self.path / "config.json", config)
         elif stored != config:
             raise errors.InputError(
                 f"workdir {self.path} belongs to another configuration "
@@ -130,7 +130,7 @@ class Workdir:
                 f"{stored[name][:12]}..., now {sha256[:12]}...); use another --workdir"
             )
         if name not in stored:
-            schema.write_json(self.path / "inputs.json", {**stored, name: sha256})
+            whole_file.write_json(self.path / "inputs.json", {**stored, name: sha256})
 
     def _stored(self, name: str) -> Any:
         try:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nad_jax import errors, models, pipeline, settings, victims
+from nad_jax import errors, models, pipeline, settings, victims, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import poisoning, triggers
 from nad_jax.data import sources
@@ -224,7 +224,7 @@ def add(
         "sha256": artifact.sha256(path),
         "bytes": path.stat().st_size,
     }
-    schema.write_json(zoo / f"{name}.json", manifest)
+    whole_file.write_json(zoo / f"{name}.json", manifest)
     return manifest
 
 

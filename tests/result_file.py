@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from nad_jax import whole_file
+
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
 
 
@@ -62,9 +64,7 @@ def write(path: str, report: dict) -> None:
     cases = report.pop("cases")
     head = json.dumps(report, indent=2)[:-2]
     lines = ",\n    ".join(json.dumps(case) for case in cases)
-    pathlib.Path(path).write_text(
-        f'{head},\n  "cases": [\n    {lines}\n  ]\n}}\n', "utf-8"
-    )
+    whole_file.write_text(path, f'{head},\n  "cases": [\n    {lines}\n  ]\n}}\n')
     report["cases"] = cases
 
 

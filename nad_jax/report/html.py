@@ -112,7 +112,7 @@ def render(report: Mapping[str, Any], figures: Figures | None = None) -> str:
       figures: Its pictures; sections without pictures are left out.
 
     Returns:
-      The page, from doctype to end. Write it with `schema.write_text`.
+      The page, from doctype to end. Write it with `whole_file.write_text`.
 
     Raises:
       InputError: If the report is not one.
