@@ -124,6 +124,10 @@ class Workdir:
 
     def _check_input(self, name: str, sha256: str) -> None:
         stored = self._stored("inputs.json") or {}
+        if not isinstance(stored, dict) or not all(
+            isinstance(known, str) for known in stored.values()
+        ):
+            raise self._damaged("inputs.json")
         if stored.get(name, sha256) != sha256:
             raise errors.InputError(
                 f"workdir {self.path} belongs to another {name} (sha256 was "
@@ -137,10 +141,17 @@ class Workdir:
             return json.loads((self.path / name).read_text("utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except OSError as error:
             raise errors.InputError(
-                f"{self.path / name} is damaged; remove it or use another --workdir"
+                f"cannot read {self.path / name}: {error.strerror or error}"
             ) from None
+        except (ValueError, RecursionError):
+            raise self._damaged(name) from None
+
+    def _damaged(self, name: str) -> errors.InputError:
+        return errors.InputError(
+            f"{self.path / name} is damaged; remove it or use another --workdir"
+        )
 
     def close(self) -> None:
         if self._metrics is None:
