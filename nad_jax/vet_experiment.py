@@ -229,8 +229,10 @@ def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Sce
     )
     trigger = None
     if config.trigger.name != _NO_TRIGGER:
-        pipeline.check_target(config.target_label, train)
-        trigger = pipeline.build_trigger(config.trigger, image_shape)
+        pipeline.check_target(config.target_label, train, where="config")
+        trigger = pipeline.build_trigger(
+            config.trigger, image_shape, where="config", other_names=[_NO_TRIGGER]
+        )
     target_labels = None if trigger is None else config.target_label
     evaluate = roundings.make_evaluate(
         model, test, trigger=trigger, target_labels=target_labels

@@ -252,6 +252,22 @@ def test_the_config_names_every_setting():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.trigger.name=x", "config.trigger.name must be of none, "),
+        ("--config.target_label=10", "config.target_label must be below 10"),
+    ],
+)
+def test_a_trigger_that_cannot_be_is_named_as_in_the_config(
+    checkpoint, tmp_path, capsys, override, message
+):
+    assert _vet(checkpoint, tmp_path, "--config.trigger.name=grid", override) == 2
+    err = capsys.readouterr().err
+    assert message in err and "attack" not in err
+
+
+@pytest.mark.slow
 def test_unknown_classes_are_a_reason_not_to_judge(tmp_path, capsys):
     path = _write_stranger(tmp_path / "seven", 7)
     assert _vet(path, tmp_path / "w") == 2
