@@ -37,11 +37,13 @@ class Checkpoint:
             files, "params/..." names for Flax ones, as found for safetensors.
         format: one of `FORMATS`.
         metadata: numbers and short texts saved beside the model.
+        sha256: of the file these were read from, in hexadecimal.
     """
 
     arrays: dict[str, np.ndarray]
     format: str
     metadata: dict[str, object]
+    sha256: str
 
 
 def read_checkpoint(
@@ -74,7 +76,9 @@ def read_checkpoint(
             arrays = model_entry.without_parallel_prefix(arrays)
             arrays = model_entry.checked_names(arrays, file)
         _check_finite(arrays, file)
-    return Checkpoint(arrays, format_name, dict(metadata))
+        # Of the file that is open, whatever its path leads to by now; last, so that
+        # what is refused is refused at once.
+        return Checkpoint(arrays, format_name, dict(metadata), file.sha256())
 
 
 def detect_format(file: bounded_file.BoundedFile) -> str:

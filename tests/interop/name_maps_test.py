@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors, models
-from nad_jax.interop import name_maps
+from nad_jax.interop import arch_match, name_maps
 
 StateDict = dict[str, np.ndarray]
 CLASSES = 7

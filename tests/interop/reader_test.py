@@ -2,6 +2,7 @@
 """The door: format by content, one strict reader, one line of refusal."""
 
 import ast
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors, interop
-from nad_jax.interop import limits, reader
+from nad_jax.interop import bounded_file, limits, reader
 
 NAMES = ["m.pth.tar", "m.safetensors", "m.msgpack", "m.txt", "m"]
 
@@ -112,6 +113,32 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", shrink)
     assert "became shorter" in refusal(path)
+
+
+def test_the_hash_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
+    """Another file takes the path while the first one is open."""
+    data, _ = good.safetensors_sample()
+    path = tmp_path / "m"
+    path.write_bytes(data)
+    (tmp_path / "other").write_bytes(good.zip_sample()[0])
+    detect = reader.detect_format
+
+    def exchange(file):
+        os.replace(tmp_path / "other", path)
+        return detect(file)
+
+    monkeypatch.setattr(reader, "detect_format", exchange)
+    found = reader.read_checkpoint(path)
+    assert found.format == "safetensors"
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert bounded_file.sha256(path) != found.sha256
+
+
+def test_the_hash_of_what_cannot_be_read_is_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "none", "a\0b"):
+        with pytest.raises(errors.InputError) as caught:
+            bounded_file.sha256(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_no_descriptor_stays_open(tmp_path):
