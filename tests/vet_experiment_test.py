@@ -15,6 +15,7 @@ from nad_jax.data import sources
 from nad_jax.interop import (
     arch_match,
     artifact,
+    bounded_file,
     name_maps,
     onnx_codes,
     safetensors_file,
@@ -119,7 +120,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
     assert rows["exported"]["extra"]["agreement"] >= 0.995
     assert all(row["asr"] is None for row in report["rows"])
     card = json.loads((workdir / "card.json").read_text())
-    assert card["source_sha256"] == artifact.sha256(checkpoint)
+    assert card["source_sha256"] == bounded_file.sha256(checkpoint)
     assert set(card["files"]) == {
         "model.safetensors",
         "model.onnx",
@@ -127,7 +128,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
         "float.safetensors",
     }
     for name, digest in card["files"].items():
-        assert artifact.sha256(workdir / name) == digest
+        assert bounded_file.sha256(workdir / name) == digest
     stored = artifact.read_artifact(workdir / "model.safetensors")
     assert stored.card["arch"] == "wrn_10_1"
     assert all(codes.dtype == np.int8 for codes in stored.codes.values())
