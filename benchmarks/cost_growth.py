@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import cases, machine, protocol, results, run
+from nad_jax import whole_file
 from nad_jax.report import markup
 
 _BASE = {"arch": "resnet_14", "width": 1.0, "images": 1024, "size": 16}
@@ -172,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
         "series": found,
     }
     results.write(arguments.out / "cost_growth.json", content)
-    (arguments.out / "cost_growth.svg").write_text(draw(found), "utf-8")
+    whole_file.write_text(arguments.out / "cost_growth.svg", draw(found))
     return 0
 
 

@@ -8,12 +8,12 @@ A row compares one of our variants with one of theirs:
     distance = ours_seconds / floor_seconds    1 would be perfect
 """
 
-import json
-import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from nad_jax import whole_file
 
 FORMAT = 1
 
@@ -88,10 +88,7 @@ def write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
     content = {"git_commit": pipeline.git_commit(), **content}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    text = json.dumps(content, indent=2, sort_keys=False, allow_nan=False)
-    part.write_text(text + "\n", "utf-8")
-    os.replace(part, path)
+    whole_file.write_json(path, content)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 
-from nad_jax import auditing, roundings, settings
+from nad_jax import auditing, roundings, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
-from nad_jax.interop import artifact
 from nad_jax.report import schema
 from nad_jax.training import environment
 
@@ -39,7 +38,11 @@ def run(
     )
     with workdir.timed("audit"):
         result = auditing.audit(
-            config.float_model, config.integer_file, arch=config.arch, images=images
+            config.float_model,
+            config.integer_file,
+            arch=config.arch,
+            images=images,
+            check_stop=workdir.check_stop,
         )
     for layer in result.layers:
         shown = "" if layer.gain is None else f", output error {-layer.gain:+.1%}"
@@ -53,8 +56,8 @@ def run(
     report = {
         "command": command,
         "config": dataclasses.asdict(config),
-        "float_model_sha256": artifact.sha256(config.float_model),
-        "integer_file_sha256": artifact.sha256(config.integer_file),
+        "float_model_sha256": result.float_model_sha256,
+        "integer_file_sha256": result.integer_file_sha256,
         "honest": result.honest,
         "findings": list(result.findings),
         "audit": dataclasses.asdict(result),
@@ -62,7 +65,7 @@ def run(
         "seconds": workdir.seconds,
     }
     report = schema.plain(report, "audit")
-    schema.write_json(workdir.path / "audit.json", report)
+    whole_file.write_json(workdir.path / "audit.json", report)
     return report
 
 

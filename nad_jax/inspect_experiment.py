@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from nad_jax import roundings, settings
+from nad_jax import roundings, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.core import grids
 from nad_jax.data import sources
 from nad_jax.defenses import rounding_inspection
-from nad_jax.interop import artifact, name_maps, reader
+from nad_jax.interop import name_maps, reader
 from nad_jax.report import schema
 from nad_jax.training import environment
 
@@ -34,10 +34,9 @@ def run(
     """
     environment.check_canary()
     assert config.float_model is not None
+    checkpoint = reader.read_checkpoint(config.float_model)
     converted = name_maps.convert(
-        reader.read_checkpoint(config.float_model).arrays,
-        config.arch,
-        source=config.float_model,
+        checkpoint.arrays, config.arch, source=config.float_model
     )
     train = sources.load(
         config.data.name,
@@ -83,7 +82,7 @@ def run(
     report = {
         "command": command,
         "config": dataclasses.asdict(config),
-        "float_model_sha256": artifact.sha256(config.float_model),
+        "float_model_sha256": checkpoint.sha256,
         "suspicious": bool(suspicious),
         "limits": {
             "tie_ratio": rounding_inspection.TIE_LIMIT,
@@ -95,7 +94,7 @@ def run(
         "seconds": workdir.seconds,
     }
     report = schema.plain(report, "inspection")
-    schema.write_json(workdir.path / "inspection.json", report)
+    whole_file.write_json(workdir.path / "inspection.json", report)
     return report
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nad_jax import models, pipeline, repairs, settings, victims, zoo
+from nad_jax import models, pipeline, repairs, settings, victims, whole_file, zoo
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import poisoning, triggers
 from nad_jax.core import metrics
@@ -167,7 +167,7 @@ def _clean_indices(config, scene, workdir, seed, key) -> tuple[np.ndarray, np.nd
     )
     record = {"train": rows.tolist(), "validation": validation_rows.tolist()}
     if agreement.is_first():
-        schema.write_json(workdir.path / f"clean_indices-seed{seed}.json", record)
+        whole_file.write_json(workdir.path / f"clean_indices-seed{seed}.json", record)
     return rows, validation_rows
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nad_jax import errors, nad_experiment, pipeline, settings
+from nad_jax import errors, nad_experiment, pipeline, settings, whole_file
 from nad_jax import main as program
 from nad_jax import workdir as workdir_lib
 from nad_jax.report import schema, sweep_figure
@@ -198,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "versions": environment.describe()["versions"],
             "cells": cells,
         }
-        schema.write_json(arguments.out, result)
-        schema.write_text(arguments.out.with_suffix(".svg"), sweep_figure.draw(cells))
+        whole_file.write_json(arguments.out, result)
+        drawing = sweep_figure.draw(cells)
+        whole_file.write_text(arguments.out.with_suffix(".svg"), drawing)
     except errors.InputError as error:
         print(f"nad_jax: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, settings
+from nad_jax import errors, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import attention
@@ -66,29 +66,48 @@ def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dat
     return train, test
 
 
-def check_target(target_label: int, dataset: sources.Dataset) -> None:
-    """Raises InputError if the data set has no such class."""
+def check_target(
+    target_label: int, dataset: sources.Dataset, *, where: str = "config.attack"
+) -> None:
+    """Raises InputError if the data set has no such class.
+
+    Args:
+      target_label: At least 0.
+      dataset: What is attacked.
+      where: Section of the config that holds `target_label`, for the message.
+    """
     if not target_label < dataset.num_classes:
         raise errors.InputError(
-            f"config.attack.target_label must be below {dataset.num_classes}, the "
+            f"{where}.target_label must be below {dataset.num_classes}, the "
             f"number of classes of {dataset.name}, got {target_label}"
         )
 
 
 def build_trigger(
-    choice: settings.TriggerSettings, image_shape: tuple[int, ...]
+    choice: settings.TriggerSettings,
+    image_shape: tuple[int, ...],
+    *,
+    where: str = "config.attack",
+    other_names: Sequence[str] = (),
 ) -> triggers.Trigger:
     """The trigger a config names, with its options.
 
     A trigger that is drawn at random takes the option `seed`, by default 0.
+
+    Args:
+      choice: Section of the config.
+      image_shape: `(H, W, C)`.
+      where: Section of the config that holds `trigger`, for messages.
+      other_names: What the caller accepts beside the names of triggers, for messages.
 
     Raises:
       InputError: an unknown name, or an option that trigger does not have.
     """
     if choice.name not in triggers.TRIGGERS:
         raise errors.InputError(
-            f"config.attack.trigger.name must be of "
-            f"{', '.join(sorted(triggers.TRIGGERS))}, got {choice.name!r}"
+            f"{where}.trigger.name must be of "
+            f"{', '.join([*other_names, *sorted(triggers.TRIGGERS)])}, "
+            f"got {choice.name!r}"
         )
     make = triggers.TRIGGERS[choice.name]
     options = dict(choice.options)
@@ -97,7 +116,7 @@ def build_trigger(
     try:
         return make(image_shape, **options)
     except TypeError as error:
-        raise errors.InputError(f"config.attack.trigger: {error}") from None
+        raise errors.InputError(f"{where}.trigger: {error}") from None
 
 
 # --------------------------------------------------------------------------- training
@@ -161,7 +180,7 @@ class EarlierRun:
         """
         self._path = pathlib.Path(config.victim_workdir)
         self._workdir = workdir
-        cluster.from_first(lambda: self._check(config))
+        agreement.from_first(lambda: self._check(config))
 
     def _check(self, config: Any) -> None:
         path = self._path / "config.json"
@@ -339,9 +358,10 @@ def write_report(
     )
 
     def write():
-        schema.write_text(workdir.path / "report.html", html.render(report, figures))
+        page = html.render(report, figures)
+        whole_file.write_text(workdir.path / "report.html", page)
         # Last, so that a report.json on disk means that the run was finished.
-        schema.write_json(workdir.path / "report.json", report)
+        whole_file.write_json(workdir.path / "report.json", report)
 
     agreement.from_first(write)
     workdir.say(tables.headline(rows))

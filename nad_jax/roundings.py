@@ -74,11 +74,20 @@ def make_evaluate(
     *,
     trigger: triggers.Trigger | None,
     target_labels: Any = None,
-) -> Callable[..., dict[str, Any]]:
+    make_evaluator: Callable[..., Callable[[Any], Any]] = evaluation.make_evaluator,
+) -> Callable[..., Any]:
     """Function `(variables, result=None) -> rates` on the test images.
 
     `result`, a `Quantized`, says how activations are quantized. One program is compiled
     for each way of it.
+
+    Args:
+      model: Of `nad_jax.models`.
+      test: The images.
+      trigger: To measure; None = clean accuracy only.
+      target_labels: What it is for: an int, or int `[N]`.
+      make_evaluator: With `evaluation.make_predicting_evaluator` the function returns
+        what that one's does: rates and predictions.
     """
 
     def logits(net, images, act_specs):
@@ -94,7 +103,7 @@ def make_evaluate(
 
     @functools.cache
     def evaluator(act_specs):
-        return evaluation.make_evaluator(
+        return make_evaluator(
             functools.partial(logits, act_specs=act_specs),
             test.images,
             test.labels,

@@ -13,23 +13,20 @@ else: no choice depends on it.
 
 import dataclasses
 import hashlib
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, pipeline, roundings, settings
+from nad_jax import errors, pipeline, roundings, settings, vet_export
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
-from nad_jax.core import metrics
-from nad_jax.data import batches, sources
+from nad_jax.data import sources
 from nad_jax.defenses import base, nad
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.export import stablehlo
-from nad_jax.interop import artifact, name_maps, reader, safetensors_reader
+from nad_jax.interop import name_maps, reader
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
 from nad_jax.training import environment, evaluation, loop
@@ -37,8 +34,6 @@ from nad_jax.training import environment, evaluation, loop
 # The row that is shipped.
 _SHIPPED = "efrap"
 _NO_TRIGGER = "none"
-# Images that the StableHLO program is compared on.
-_FEW = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +45,7 @@ class _Scene:
     model: Any
     layers: list[layers_lib.Layer]
     trigger: triggers.Trigger | None
-    evaluate: Callable[..., dict[str, Any]]
+    evaluate: Callable[..., tuple[dict[str, Any], np.ndarray]]
 
 
 def run(
@@ -71,15 +66,14 @@ def run(
         so that there is nothing to judge.
     """
     canary = environment.check_canary()
-    exporter = _import_exporter()
+    vet_export.check_packages()
     assert config.checkpoint is not None  # VetSettings has seen to it
     with workdir.timed("read"):
+        checkpoint = reader.read_checkpoint(config.checkpoint)
         converted = name_maps.convert(
-            reader.read_checkpoint(config.checkpoint).arrays,
-            config.arch,
-            source=config.checkpoint,
+            checkpoint.arrays, config.arch, source=config.checkpoint
         )
-    workdir.check_input("checkpoint", artifact.sha256(config.checkpoint))
+    workdir.check_input("checkpoint", checkpoint.sha256)
     with workdir.timed("data"):
         scene = _set_scene(config, converted.model, converted.variables)
     workdir.say(
@@ -105,6 +99,7 @@ def run(
         return row
 
     def measure(variables, result=None):
+        """Rates, and the classes of the clean test images."""
         with workdir.timed("evaluate"):
             return scene.evaluate(variables, result)
 
@@ -136,47 +131,54 @@ def run(
         return result, seconds
 
     given = converted.variables
-    before = add("float", measure(given))
+    before = add("float", measure(given)[0])
     naive, seconds = rounded("nearest", "nearest", given)
     drift = _disagreement(scene, calibration, given, naive)
     add(
         "nearest",
-        measure(naive.variables, naive),
+        measure(naive.variables, naive)[0],
         seconds=seconds,
         result=naive,
         drift=drift,
     )
-    repaired, seconds = _repair(config, scene, workdir, given, clean_key, repair_key)
-    add("nad", measure(repaired), seconds=seconds)
+    repaired, seconds = _repair(
+        config, scene, workdir, given, clean_key=clean_key, repair_key=repair_key
+    )
+    add("nad", measure(repaired)[0], seconds=seconds)
     control, seconds = rounded("nearest", "nad_nearest", repaired)
     add(
         "nad_nearest",
-        measure(control.variables, control),
+        measure(control.variables, control)[0],
         seconds=seconds,
         result=control,
     )
     shipped, seconds = rounded(_SHIPPED, _SHIPPED, repaired)
-    predictions = _predictions(scene, shipped)
-    add(
-        _SHIPPED,
-        measure(shipped.variables, shipped),
-        seconds=seconds,
-        result=shipped,
-    )
+    rates, predictions = measure(shipped.variables, shipped)
+    add(_SHIPPED, rates, seconds=seconds, result=shipped)
     with workdir.timed("export"):
-        files = _export(
-            config,
-            scene,
-            workdir,
-            converted,
-            repaired,
-            shipped,
-            calibration,
-            rows,
-            exporter,
+        files = vet_export.write(
+            workdir.path,
+            card=_card(
+                config,
+                scene,
+                converted,
+                rows,
+                source_sha256=checkpoint.sha256,
+                calibration=calibration,
+            ),
+            shipped=shipped,
+            layers=scene.layers,
+            image_shape=scene.train.images.shape[1:],
+            floats=name_maps.to_torch(repaired, converted.names),
         )
     with workdir.timed("run the export"):
-        counts, agreement = _run_export(config, scene, files, predictions, exporter)
+        counts, agreement = vet_export.run(
+            files,
+            scene.test,
+            predictions,
+            trigger=scene.trigger,
+            target_label=config.target_label,
+        )
     exported = add("exported", counts, result=shipped, agreement=agreement)
     claims = _verdict(config.verdict, before, exported, drift, agreement)
     report = pipeline.write_report(
@@ -187,7 +189,7 @@ def run(
         claims=claims,
         canary=canary,
         figures=None,
-        notes=[*converted.notes, *_notes(config, scene, files)],
+        notes=[*converted.notes, *_notes(scene, files)],
         command=command,
     )
     _say_verdict(workdir, claims, scene)
@@ -197,20 +199,6 @@ def run(
 def exit_code(report: Mapping[str, Any]) -> int:
     """0 if every claim holds: accepted; 1 otherwise."""
     return 0 if all(claim["passed"] for claim in report["claims"]) else 1
-
-
-def _import_exporter() -> Any:
-    """The room that needs ONNX, asked for before the work, not after."""
-    # jax.export needs flatbuffers, and says so only at the end.
-    for package in ("onnx", "onnxruntime", "flatbuffers"):
-        if importlib.util.find_spec(package) is None:
-            raise errors.InputError(
-                f"vetting exports what it ships and needs {package}, which is not "
-                "there; install nad_jax[export]"
-            )
-    from nad_jax.export import onnx_graph, onnx_runtime
-
-    return onnx_graph, onnx_runtime
 
 
 def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Scene:
@@ -229,33 +217,32 @@ def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Sce
     )
     trigger = None
     if config.trigger.name != _NO_TRIGGER:
-        pipeline.check_target(config.target_label, train)
-        trigger = pipeline.build_trigger(config.trigger, image_shape)
+        pipeline.check_target(config.target_label, train, where="config")
+        trigger = pipeline.build_trigger(
+            config.trigger, image_shape, where="config", other_names=[_NO_TRIGGER]
+        )
     target_labels = None if trigger is None else config.target_label
     evaluate = roundings.make_evaluate(
-        model, test, trigger=trigger, target_labels=target_labels
+        model,
+        test,
+        trigger=trigger,
+        target_labels=target_labels,
+        make_evaluator=evaluation.make_predicting_evaluator,
     )
     return _Scene(train, test, model, layers, trigger, evaluate)
 
 
-def _predictions(scene: _Scene, result: efrap_lib.Quantized) -> np.ndarray:
-    """Classes of the clean test images, by the evaluation here; int `[N]`."""
-    logits = jax.jit(lambda x: result.apply(result.variables, x)[0])
-    indices, mask = batches.evaluation_batches(
-        len(scene.test), evaluation.DEFAULT_BATCH_SIZE
-    )
-    chosen = [
-        np.argmax(
-            logits(batches.to_float(jnp.asarray(scene.test.images[np.asarray(rows)]))),
-            -1,
-        )
-        for rows in indices
-    ]
-    return np.concatenate(chosen)[np.asarray(mask).reshape(-1)]
+def _disagreement(
+    scene: _Scene, images: jax.Array, variables: Any, result: efrap_lib.Quantized
+) -> float:
+    """Share, in [0, 1], of images that two models call differently.
 
-
-def _disagreement(scene, images, variables, result: efrap_lib.Quantized) -> float:
-    """Share of images that the float and the rounded model call differently."""
+    Args:
+      scene: Has the model.
+      images: Float `[N, H, W, C]` in [0, 1].
+      variables: Of the float model.
+      result: The rounded one.
+    """
     apply = jax.jit(lambda v, x: scene.model.apply(v, x, **roundings.EVAL)[0])
     rounded = jax.jit(lambda v, x: result.apply(v, x)[0])
     before = np.argmax(apply(variables, images), -1)
@@ -263,8 +250,28 @@ def _disagreement(scene, images, variables, result: efrap_lib.Quantized) -> floa
     return float(np.mean(before != after))
 
 
-def _repair(config, scene, workdir, given, clean_key, repair_key) -> tuple[Any, float]:
-    """The repaired float variables, and the seconds that took."""
+def _repair(
+    config: settings.VetSettings,
+    scene: _Scene,
+    workdir: workdir_lib.Workdir,
+    given: Any,
+    *,
+    clean_key: jax.Array,
+    repair_key: jax.Array,
+) -> tuple[Any, float]:
+    """The float variables repaired by NAD, and the seconds that took.
+
+    A stage of the workdir: not repeated once it is finished.
+
+    Args:
+      config: The repair's settings.
+      scene: Model and training images.
+      workdir: Keeps commits, and may ask to stop.
+      given: Variables of the model as it came; the result has their structure and
+        shapes.
+      clean_key: Draws the clean images.
+      repair_key: Randomness of the training.
+    """
     rows = base.clean_indices(
         clean_key,
         scene.train.labels,
@@ -303,26 +310,26 @@ def _repair(config, scene, workdir, given, clean_key, repair_key) -> tuple[Any, 
     return repaired, workdir.seconds["nad"]
 
 
-# ------------------------------------------------------------------------------ export
+def _card(
+    config: settings.VetSettings,
+    scene: _Scene,
+    converted: name_maps.Converted,
+    rows: Sequence[schema.Row],
+    *,
+    source_sha256: str,
+    calibration: jax.Array,
+) -> dict[str, Any]:
+    """What is known of the shipped model.
 
-
-def _export(
-    config, scene, workdir, converted, repaired, shipped, calibration, rows, exporter
-):
-    """Writes the shipped files, the repaired floats and the card; returns their paths.
-
-    The floats have the layout of the checkpoint that came, so that whoever doubts the
-    integers can compare them (`configs/audit.py`).
+    Args:
+      config: What was done.
+      scene: The data.
+      converted: The model as it came.
+      rows: What was measured so far.
+      source_sha256: Of the checkpoint's file.
+      calibration: Images that the grids were measured on, float `[N, H, W, C]`.
     """
-    onnx_graph, _ = exporter
-    files = {
-        "artifact": workdir.path / "model.safetensors",
-        "onnx": workdir.path / "model.onnx",
-        "stablehlo": workdir.path / "model.stablehlo",
-        "float": workdir.path / "float.safetensors",
-        "card": workdir.path / "card.json",
-    }
-    card = {
+    return {
         "arch": converted.arch,
         "width": converted.width,
         "num_classes": scene.train.num_classes,
@@ -330,7 +337,7 @@ def _export(
         "repair": "nad",
         "rounding": _SHIPPED,
         "fold_batch_norm": config.defense.folds_batch_norm,
-        "source_sha256": artifact.sha256(config.checkpoint),
+        "source_sha256": source_sha256,
         "calibration_sha256": hashlib.sha256(
             np.asarray(calibration).tobytes()
         ).hexdigest(),
@@ -343,92 +350,6 @@ def _export(
         ),
         "rows": [row.to_dict() for row in rows],
     }
-    parts = artifact.Artifact(
-        shipped.variables,
-        shipped.codes,
-        shipped.quant_params,
-        shipped.specs,
-        shipped.act_params,
-        shipped.act_spec,
-        schema.plain(card, "card"),
-    )
-    artifact.write_artifact(files["artifact"], parts)
-    # What is exported is what the file says, not what memory holds.
-    stored = artifact.read_artifact(files["artifact"])
-    shipped = dataclasses.replace(
-        shipped,
-        variables=stored.variables,
-        codes=stored.codes,
-        quant_params=stored.quant_params,
-        specs=stored.specs,
-        act_params=stored.act_params,
-        act_specs={name: stored.act_spec for name in stored.act_params},
-    )
-    image_shape = scene.train.images.shape[1:]
-    model = onnx_graph.to_onnx(
-        shipped.module,
-        shipped.variables,
-        image_shape,
-        layers=scene.layers,
-        codes=shipped.codes,
-        quant_params=shipped.quant_params,
-        specs=shipped.specs,
-        act_params=shipped.act_params,
-        act_spec=shipped.act_spec,
-        apply_kwargs=shipped.apply_kwargs,
-        metadata={"source_sha256": card["source_sha256"]},
-    )
-    files["onnx"].write_bytes(model.SerializeToString())
-    program = stablehlo.to_stablehlo(
-        shipped.apply,
-        shipped.variables,
-        image_shape,
-        codes=shipped.codes,
-        quant_params=shipped.quant_params,
-    )
-    files["stablehlo"].write_bytes(program)
-    safetensors_reader.write_safetensors(
-        files["float"], name_maps.to_torch(repaired, converted.names)
-    )
-    # The card comes last and holds the hashes: files without one are unfinished.
-    card["files"] = {
-        path.name: artifact.sha256(path)
-        for kind, path in files.items()
-        if kind != "card"
-    }
-    schema.write_json(files["card"], schema.plain(card, "card"))
-    return files
-
-
-def _run_export(config, scene: _Scene, files, predictions, exporter):
-    """Rates of the ONNX file, and agreement of the exports with `predictions`.
-
-    The lower one, of the ONNX file on all images and of the StableHLO program on a few.
-    """
-    _, onnx_runtime = exporter
-    session = onnx_runtime.Session(files["onnx"])
-    images = batches.to_float(jnp.asarray(scene.test.images))
-    clean = session.logits(np.asarray(images))
-    triggered = None
-    if scene.trigger is not None:
-        stamped = triggers.apply_trigger(images, scene.trigger)
-        triggered = session.logits(np.asarray(stamped))
-    count = len(scene.test)
-    counts = metrics.count_batch(
-        jnp.asarray(clean),
-        None if triggered is None else jnp.asarray(triggered),
-        jnp.asarray(scene.test.labels),
-        jnp.ones(count, bool),
-        target_labels=jnp.full(count, config.target_label, jnp.int32),
-    )
-    reloaded = stablehlo.load(files["stablehlo"].read_bytes())
-    few = len(predictions[:_FEW])
-    program = np.argmax(reloaded(images[:few]), -1)
-    agreement = min(
-        float(np.mean(np.argmax(clean, -1) == predictions)),
-        float(np.mean(program == predictions[:few])),
-    )
-    return metrics.summarize(jax.device_get(counts)), agreement
 
 
 # ----------------------------------------------------------------------------- verdict
@@ -467,10 +388,10 @@ def _verdict(
     return claims
 
 
-def _notes(config, scene: _Scene, files) -> list[str]:
+def _notes(scene: _Scene, files: vet_export.Files) -> list[str]:
     notes = [
-        f"Shipped: {files['artifact'].name} (integers, scales, zero points), "
-        f"{files['onnx'].name}, {files['stablehlo'].name}, {files['card'].name}."
+        f"Shipped: {files.artifact.name} (integers, scales, zero points), "
+        f"{files.onnx.name}, {files.stablehlo.name}, {files.card.name}."
     ]
     if scene.trigger is None:
         notes.append(

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nad_jax import errors
+from nad_jax import errors, whole_file
 from nad_jax.report import schema
 from nad_jax.training import agreement, receipts
 
@@ -123,7 +123,7 @@ class Workdir:
         """Raises InputError if the folder belongs to another configuration."""
         stored = self._stored("config.json")
         if stored is None:
-            schema.write_json(self.path / "config.json", config)
+            whole_file.write_json(self.path / "config.json", config)
         elif stored != config:
             changes = "; ".join(config_differences(stored, config))
             raise errors.InputError(
@@ -140,23 +140,34 @@ class Workdir:
 
     def _check_input(self, name: str, sha256: str) -> None:
         stored = self._stored("inputs.json") or {}
+        if not isinstance(stored, dict) or not all(
+            isinstance(known, str) for known in stored.values()
+        ):
+            raise self._damaged("inputs.json")
         if stored.get(name, sha256) != sha256:
             raise errors.InputError(
                 f"workdir {self.path} belongs to another {name} (sha256 was "
                 f"{stored[name][:12]}..., now {sha256[:12]}...); use another --workdir"
             )
         if name not in stored:
-            schema.write_json(self.path / "inputs.json", {**stored, name: sha256})
+            whole_file.write_json(self.path / "inputs.json", {**stored, name: sha256})
 
     def _stored(self, name: str) -> Any:
         try:
             return json.loads((self.path / name).read_text("utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except OSError as error:
             raise errors.InputError(
-                f"{self.path / name} is damaged; remove it or use another --workdir"
+                f"cannot read {self.path / name}: {error.strerror or error}"
             ) from None
+        except (ValueError, RecursionError):
+            raise self._damaged(name) from None
+
+    def _damaged(self, name: str) -> errors.InputError:
+        return errors.InputError(
+            f"{self.path / name} is damaged; remove it or use another --workdir"
+        )
 
     def close(self) -> None:
         if self._metrics is None:

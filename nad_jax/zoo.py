@@ -26,12 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nad_jax import errors, models, pipeline, settings, victims
+from nad_jax import errors, models, pipeline, settings, victims, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import poisoning, triggers
 from nad_jax.data import sources
 from nad_jax.defenses import base
-from nad_jax.interop import artifact, name_maps, reader
+from nad_jax.interop import artifact, bounded_file, name_maps, reader
 from nad_jax.models import common
 from nad_jax.report import schema
 from nad_jax.training import evaluation
@@ -114,13 +114,13 @@ def load(name: str, zoo: pathlib.Path) -> Victim:
     path = zoo / f"{name}.safetensors"
     if not path.is_file():
         raise errors.InputError(f"{path} is missing; the zoo holds its manifest only")
-    actual = artifact.sha256(path)
-    if actual != manifest["sha256"]:
+    stored = artifact.read_artifact(path)
+    if stored.sha256 != manifest["sha256"]:
         raise errors.InputError(
-            f"{path} has the SHA-256 {actual[:16]}..., its manifest says "
+            f"{path} has the SHA-256 {str(stored.sha256)[:16]}..., its manifest says "
             f"{str(manifest['sha256'])[:16]}...; it is damaged or was exchanged"
         )
-    net, parts = _read(path)
+    net, parts = _parts(stored, path)
     return Victim(net, triggers.Trigger(**parts), manifest)
 
 
@@ -130,9 +130,10 @@ def read_net(path: str) -> base.Net:
     Raises:
       InputError: the file cannot be read, or is of no known architecture.
     """
-    if "card" in reader.read_checkpoint(path).metadata:
-        return _read(path)[0]
-    converted = name_maps.convert(reader.read_checkpoint(path).arrays, source=path)
+    checkpoint = reader.read_checkpoint(path)
+    if "card" in checkpoint.metadata:
+        return _parts(artifact.read_artifact(path), path)[0]
+    converted = name_maps.convert(checkpoint.arrays, source=path)
     return base.Net(converted.model, converted.variables)
 
 
@@ -221,10 +222,10 @@ def add(
     )
     manifest = {
         **card,
-        "sha256": artifact.sha256(path),
+        "sha256": bounded_file.sha256(path),
         "bytes": path.stat().st_size,
     }
-    schema.write_json(zoo / f"{name}.json", manifest)
+    whole_file.write_json(zoo / f"{name}.json", manifest)
     return manifest
 
 
@@ -260,9 +261,8 @@ def is_as_promised(manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> 
     )
 
 
-def _read(path: Any) -> tuple[base.Net, dict[str, Any]]:
+def _parts(stored: artifact.Artifact, path: Any) -> tuple[base.Net, dict[str, Any]]:
     """Net and parts of the trigger in a file of the zoo."""
-    stored = artifact.read_artifact(path)
     try:
         card = stored.card["zoo"]
         chosen = _parse(card["recipe"])["model"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The audit as a command: two files in, a verdict and an exit code out."""
 
+import contextlib
 import json
 
 import jax
@@ -8,9 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nad_jax import main, models
+from nad_jax import audit_experiment, main, models, settings, workdir
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.interop import arch_match, artifact, name_maps, safetensors_reader
+from nad_jax.interop import (
+    arch_match,
+    artifact,
+    bounded_file,
+    name_maps,
+    safetensors_file,
+)
 from nad_jax.models import common
 
 EVALUATE = {"train": False}
@@ -25,7 +32,7 @@ def files(tmp_path_factory):
     torch_names = arch_match._module_names({}, "wrn_10_1")
     leaves = arch_match._expected(model, 3, torch_names)
     names = {name: leaf.path for name, leaf in leaves.items()}
-    safetensors_reader.write_safetensors(
+    safetensors_file.write_safetensors(
         folder / "float", name_maps.to_torch(variables, names)
     )
     result = efrap_lib.efrap(
@@ -73,13 +80,15 @@ def test_exit_codes_say_honest_findings_or_could_not_be_judged(files, tmp_path, 
     assert "verdict: honest" in capsys.readouterr().out
     report = json.loads((tmp_path / "a" / "audit.json").read_text())
     assert report["honest"] and report["findings"] == []
+    for key, name in (("float_model", "float"), ("integer_file", "integers")):
+        assert report[f"{key}_sha256"] == bounded_file.sha256(files / name)
     assert {layer["rounding"] for layer in report["audit"]["layers"]} == {"nearest"}
 
-    arrays, metadata = safetensors_reader.read_safetensors(files / "integers")
+    arrays, metadata = safetensors_file.read_safetensors(files / "integers")
     name = "codes/fc"
     codes = np.array(arrays[name])
     codes[0, 0] += 3 if codes[0, 0] < 0 else -3
-    safetensors_reader.write_safetensors(
+    safetensors_file.write_safetensors(
         files / "tampered", {**arrays, name: codes}, metadata
     )
     assert _run(files, tmp_path / "b", integer_file="tampered") == 1
@@ -90,6 +99,21 @@ def test_exit_codes_say_honest_findings_or_could_not_be_judged(files, tmp_path, 
     assert _run(files, tmp_path / "c", integer_file="nowhere") == 2
     err = capsys.readouterr().err
     assert "nowhere" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_stop_request_ends_it(files, tmp_path):
+    config = settings.AuditSettings(
+        arch=None,
+        float_model=str(files / "float"),
+        integer_file=str(files / "integers"),
+        data=settings.DataSettings("digits", image_size=8),
+        images=32,
+    )
+    stopped = workdir.Workdir(tmp_path, {}, should_stop=lambda: True)
+    with contextlib.closing(stopped), pytest.raises(workdir.Interrupted):
+        audit_experiment.run(config, stopped)
+    assert not (tmp_path / "audit.json").exists()
 
 
 def test_a_missing_file_is_named_before_anything_is_read(tmp_path, capsys):

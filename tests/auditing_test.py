@@ -2,6 +2,7 @@
 """Honest roundings pass an audit; tampered codes, scales and floats are found."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from nad_jax.core import grids as grids_lib
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.interop import artifact, safetensors_reader
+from nad_jax.interop import artifact, bounded_file, safetensors_file
 from nad_jax.models import layers as layers_lib
 
 EVALUATE = {"train": False}
@@ -415,6 +416,16 @@ def test_what_else_an_onnx_graph_holds_is_found(case, tmp_path):
         change(copy.graph)
         return _audit_onnx(case, copy, path).findings
 
+    def lose_a_bias(graph):
+        names = [tensor.name for tensor in graph.initializer]
+        del graph.initializer[names.index("conv2/bias")]
+
+    def set_height(graph):
+        graph.input[0].type.tensor_type.shape.dim[1].dim_value = 9
+
+    def another(what):
+        return (f"the graph has other {what} than its float model",)
+
     def add_to_a_bias(graph):
         (bias,) = (t for t in graph.initializer if t.name.startswith("conv2/bias"))
         array = onnx.numpy_helper.to_array(bias) + np.float32(0.5)
@@ -428,6 +439,11 @@ def test_what_else_an_onnx_graph_holds_is_found(case, tmp_path):
     assert changed(lambda graph: None) == ()
     assert changed(add_to_a_bias) == ("1 constants were changed, first 'conv2/bias'",)
     assert "1 of them unknown" in changed(add_a_branch)[0]
+    assert changed(lose_a_bias) == ("1 constants were changed, first 'conv2/bias'",)
+    assert changed(set_height) == another("inputs")
+    assert changed(lambda graph: graph.output.add(name="more")) == another("outputs")
+    model.opset_import[0].version = 20
+    assert changed(lambda graph: None) == another("operator sets")
 
 
 @pytest.mark.slow
@@ -449,9 +465,69 @@ def test_files_that_do_not_belong_together_are_refused(case, tmp_path):
     (tmp_path / "noise").write_bytes(b"\x08\x0a not a model")
     refused("ONNX", file=tmp_path / "noise")
     refused("cannot open", file=tmp_path / "nowhere")
-    arrays, metadata = safetensors_reader.read_safetensors(path)
+    arrays, metadata = safetensors_file.read_safetensors(path)
     with pytest.raises(errors.InputError):
         auditing.audit({**case.variables, "params": other}, path, module=case.module)
-    safetensors_reader.write_safetensors(tmp_path / "x", dict(arrays), {})
+    safetensors_file.write_safetensors(tmp_path / "x", dict(arrays), {})
     refused("no artefact", file=tmp_path / "x")
-    del metadata
+
+    def spoiled(arrays=arrays, metadata=metadata, **card):
+        card = {**json.loads(metadata["card"]), **card}
+        metadata = {"card": json.dumps(card)}
+        safetensors_file.write_safetensors(tmp_path / "y", arrays, metadata)
+        return tmp_path / "y"
+
+    # Nothing is made of these numbers, whatever they say.
+    for shape in ([8, 8], [8, 8, -3], [8, True, 3], [8, 8.0, 3], [8, 8, 2**15], "x"):
+        refused(
+            "says its images are .*; accepted are three integers from 1 to 16384",
+            file=spoiled(image_shape=shape),
+        )
+    refused("does not say how large", file=spoiled(image_shape=None))
+    grids = json.loads(metadata["card"])["grids"]
+    grids["weights"]["head"]["channel_axis"] = 0
+    refused("channel_axis of 'head' is 0; accepted", file=spoiled(grids=grids))
+    whole = {"scale/head": np.ones((64, 10), "f4")}
+    whole["zero_point/head"] = np.zeros((64, 10), "i4")
+    refused(
+        r"scales of 'head' have shape \[64, 10\]; accepted",
+        file=spoiled(arrays={**arrays, **whole}),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nearest", "stochastic"])
+def test_an_audit_can_be_stopped_before_each_layer(case, tmp_path, method):
+    """Where codes are not nearest the images are looked at, layer by layer again."""
+    path = _write(_quantized(case, method), tmp_path / "model.safetensors")
+    calls = []
+
+    def audit(last):
+        def check_stop():
+            calls.append(1)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+
+        return auditing.audit(
+            case.variables,
+            path,
+            module=case.module,
+            images=case.images,
+            apply_kwargs=EVALUATE,
+            check_stop=check_stop,
+        )
+
+    total = {"nearest": 3, "stochastic": 6}[method]
+    assert len(audit(None).layers) == 3 and len(calls) == total
+    for last in range(1, total + 1):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            audit(last)
+
+
+@pytest.mark.slow
+def test_what_was_audited_is_known_by_its_hash(case, tmp_path):
+    found = _audit(case, _quantized(case, "nearest"), tmp_path, images=None)
+    expected = bounded_file.sha256(tmp_path / "model.safetensors")
+    assert found.integer_file_sha256 == expected
+    assert found.float_model_sha256 is None

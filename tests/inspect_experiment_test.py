@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nad_jax import main, models
-from nad_jax.interop import arch_match, name_maps, safetensors_reader
+from nad_jax.interop import arch_match, bounded_file, name_maps, safetensors_file
 from nad_jax.models import common
 
 
@@ -25,7 +25,7 @@ def arrays():
 
 def _run(folder, arrays, *more):
     path = folder / "model"
-    safetensors_reader.write_safetensors(path, arrays)
+    safetensors_file.write_safetensors(path, arrays)
     return main.main(
         [
             "main",
@@ -76,6 +76,7 @@ def test_a_fresh_model_has_no_ties(arrays, tmp_path, capsys):
     (entry,) = report["inspections"]
     assert entry["tie_ratio"] < report["limits"]["tie_ratio"]
     assert report["suspicious"] == (entry["score"] > 1)
+    assert report["float_model_sha256"] == bounded_file.sha256(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from nad_jax import whole_file
+
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
 # A sweep that is killed loses no more than this.
 _SAVE_SECONDS = 5.0
@@ -118,9 +120,9 @@ class Results:
         head = json.dumps(report, indent=2)[:-2]
         lines = ",\n    ".join(json.dumps(case) for case in self.cases)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f"{self._path.name}.tmp")
-        temporary.write_text(f'{head},\n  "cases": [\n    {lines}\n  ]\n}}\n', "utf-8")
-        os.replace(temporary, self._path)
+        whole_file.write_text(
+            self._path, f'{head},\n  "cases": [\n    {lines}\n  ]\n}}\n'
+        )
 
 
 def _key(case: dict) -> tuple:

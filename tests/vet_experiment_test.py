@@ -15,9 +15,10 @@ from nad_jax.data import sources
 from nad_jax.interop import (
     arch_match,
     artifact,
+    bounded_file,
     name_maps,
     onnx_codes,
-    safetensors_reader,
+    safetensors_file,
 )
 from nad_jax.models import common
 from nad_jax.report import schema
@@ -43,7 +44,7 @@ def _write_stranger(path, num_classes):
     torch_names = arch_match._module_names({}, "wrn_10_1")
     leaves = arch_match._expected(model, 3, torch_names)
     names = {name: leaf.path for name, leaf in leaves.items()}
-    safetensors_reader.write_safetensors(path, name_maps.to_torch(variables, names))
+    safetensors_file.write_safetensors(path, name_maps.to_torch(variables, names))
     return path
 
 
@@ -119,7 +120,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
     assert rows["exported"]["extra"]["agreement"] >= 0.995
     assert all(row["asr"] is None for row in report["rows"])
     card = json.loads((workdir / "card.json").read_text())
-    assert card["source_sha256"] == artifact.sha256(checkpoint)
+    assert card["source_sha256"] == bounded_file.sha256(checkpoint)
     assert set(card["files"]) == {
         "model.safetensors",
         "model.onnx",
@@ -127,7 +128,7 @@ def test_a_useless_model_is_repaired_exported_and_judged(checkpoint, tmp_path, c
         "float.safetensors",
     }
     for name, digest in card["files"].items():
-        assert artifact.sha256(workdir / name) == digest
+        assert bounded_file.sha256(workdir / name) == digest
     stored = artifact.read_artifact(workdir / "model.safetensors")
     assert stored.card["arch"] == "wrn_10_1"
     assert all(codes.dtype == np.int8 for codes in stored.codes.values())
@@ -249,6 +250,22 @@ def test_the_config_names_every_setting():
     ):
         assert set(section) == set(cls.__dataclass_fields__)
     assert isinstance(settings.parse(mapping), settings.VetSettings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.trigger.name=x", "config.trigger.name must be of none, "),
+        ("--config.target_label=10", "config.target_label must be below 10"),
+    ],
+)
+def test_a_trigger_that_cannot_be_is_named_as_in_the_config(
+    checkpoint, tmp_path, capsys, override, message
+):
+    assert _vet(checkpoint, tmp_path, "--config.trigger.name=grid", override) == 2
+    err = capsys.readouterr().err
+    assert message in err and "attack" not in err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -53,6 +54,32 @@ def test_a_damaged_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.InputError, match="is damaged"):
         workdir.Workdir(tmp_path, {})
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"checkpoint": 1}', "[" * 100_000])
+def test_a_damaged_record_of_inputs_is_refused(tmp_path, content):
+    (tmp_path / "inputs.json").write_text(content)
+    run = workdir.Workdir(tmp_path, {})
+    with pytest.raises(errors.InputError, match="inputs.json is damaged"):
+        run.check_input("checkpoint", "a" * 64)
+    run.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_a_record_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
+    read_text = pathlib.Path.read_text
+
+    def denied(path, *arguments):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *arguments)
+
+    (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(pathlib.Path, "read_text", denied)
+    with pytest.raises(errors.InputError, match=f"cannot read .*{name}: Permission"):
+        run = workdir.Workdir(tmp_path, {})
+        with contextlib.closing(run):
+            run.check_input("checkpoint", "a" * 64)
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nad_jax import errors, main, models, pipeline, settings, victims, zoo
+from nad_jax import (
+    errors,
+    main,
+    models,
+    pipeline,
+    settings,
+    victims,
+    whole_file,
+    zoo,
+)
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.report import schema
@@ -73,7 +82,7 @@ def run(tmp_path_factory):
         devices=[],
         seconds={},
     )
-    schema.write_json(path / "report.json", report)
+    whole_file.write_json(path / "report.json", report)
     return path, subjects, rates
 
 

@@ -99,7 +99,7 @@ def count_batch(
     shapes.check_same_shape("labels", labels, "mask", mask)
     labels, is_image = jnp.asarray(labels, jnp.int32), jnp.asarray(mask, bool)
 
-    clean_correct = is_image & (_predict(clean_logits) == labels)
+    clean_correct = is_image & (predict(clean_logits) == labels)
     counts = zero_counts()._replace(
         clean_correct=_count(clean_correct), clean_count=_count(is_image)
     )
@@ -114,7 +114,7 @@ def count_batch(
     shapes.check_same_shape("labels", labels, "target_labels", target_labels)
     target_labels = jnp.asarray(target_labels, jnp.int32)
     is_attacked = is_image & (labels != target_labels)
-    prediction = _predict(triggered_logits)
+    prediction = predict(triggered_logits)
     return counts._replace(
         attack_success=_count(is_attacked & (prediction == target_labels)),
         robust_correct=_count(is_attacked & (prediction == labels)),
@@ -217,7 +217,15 @@ def robust_improvement_rating(
     return (robust_gain - max(0.0, acc_before - acc_after) + 1.0) / 2.0
 
 
-def _predict(logits: jax.Array) -> jax.Array:
+def predict(logits: jax.Array) -> jax.Array:
+    """Classes, int32 `[B]`, of logits `[B, K]`; -1 where a logit is NaN.
+
+    The first of several largest logits.
+
+    Example:
+      >>> predict(jnp.asarray([[0.0, 2.0], [1.0, 1.0], [jnp.nan, 0.0]])).tolist()
+      [1, 0, -1]
+    """
     is_broken = jnp.any(jnp.isnan(logits), axis=-1)
     return jnp.where(is_broken, -1, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 

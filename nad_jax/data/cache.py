@@ -14,10 +14,11 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from nad_jax import errors, whole_file
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -46,7 +47,8 @@ def fetch(entry: str, build: Callable[[], Arrays]) -> Arrays:
         arrays = build()
         try:
             _write(manifest, arrays)
-        except OSError as error:  # A full or read-only disk costs time, not the run.
+        # A full or read-only disk costs time, not the run.
+        except (OSError, errors.InputError) as error:
             logging.getLogger(__name__).warning("cannot cache %s: %s", entry, error)
     return arrays
 
@@ -84,16 +86,5 @@ def _write(manifest: pathlib.Path, arrays: Arrays) -> None:
         stream = io.BytesIO()
         np.save(stream, array, allow_pickle=False)
         digests[name] = hashlib.sha256(stream.getbuffer()).hexdigest()
-        _write_file(_array_path(manifest, name), stream.getbuffer())
-    _write_file(manifest, json.dumps(digests).encode())
-
-
-def _write_file(path: pathlib.Path, data: bytes | memoryview) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-        try:
-            temporary.write(data)
-            temporary.close()
-            os.replace(temporary.name, path)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+        whole_file.write_bytes(_array_path(manifest, name), stream.getbuffer())
+    whole_file.write_json(manifest, digests)

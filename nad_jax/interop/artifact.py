@@ -17,7 +17,6 @@ the float weights to another quantizer would round them anew and undo the defenc
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -26,24 +25,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors
+from nad_jax import errors, settings
 from nad_jax.core import quantization
-from nad_jax.interop import reader, safetensors_reader
+from nad_jax.interop import bounded_file, limits, reader, safetensors_file
+from nad_jax.interop.bounded_file import Refusal
+from nad_jax.models import sums
 
 FORMAT = "nad_jax.artifact/1"
+_ROOMS = ("codes", "scale", "zero_point", "act_scale", "act_zero_point", "float")
 
 
 class Artifact(NamedTuple):
     """What an artefact holds.
 
     Attributes:
-      variables: Dequantized, in the structure the module takes.
-      codes: Layer name -> integers.
-      quant_params: Layer name -> grid of the kernel.
+      variables: Dequantized, in the structure the module takes; kernels `[*window, Cin
+        / groups, Cout]`.
+      codes: Layer name -> int8 or uint8, of the kernel's shape.
+      quant_params: Layer name -> grid of the kernel, float32 and int32 of the kernel's
+        rank, 1 or the kernel's size on each axis.
       specs: Layer name -> description of that grid.
-      act_params: Layer name -> grid of the layer's input; empty for float activations.
-      act_spec: Description of those grids, or None.
+      act_params: Layer name -> grid of the layer's input, both `[]`; with sums that are
+        quantized also the name of a sum's operand (`models.sums`) -> its grid. Empty
+        for float activations.
+      act_spec: Description of those grids; None for float activations.
       card: What the writer said about the model.
+      sha256: Of the file this was read from, in hexadecimal; None for one that was not.
     """
 
     variables: dict[str, Any]
@@ -53,6 +60,7 @@ class Artifact(NamedTuple):
     act_params: dict[str, quantization.QuantParams]
     act_spec: quantization.QuantSpec | None
     card: dict[str, Any]
+    sha256: str | None = None
 
 
 def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
@@ -64,8 +72,8 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
         codes are not stored as floats.
 
     Raises:
-      InputError: the codes are not those of the variables, or the file cannot be
-        written.
+      InputError: the codes are not those of the variables, the card is not what JSON
+        knows or too large, or the file cannot be written.
     """
     kernels = {_kernel_name(layer): layer for layer in artifact.codes}
     arrays: dict[str, np.ndarray] = {}
@@ -92,71 +100,127 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
         "weights": {n: dataclasses.asdict(s) for n, s in artifact.specs.items()},
         "activations": artifact.act_spec and dataclasses.asdict(artifact.act_spec),
     }
-    card = json.dumps({**artifact.card, "format": FORMAT, "grids": grids})
-    safetensors_reader.write_safetensors(path, arrays, {"card": card})
+    card = {**artifact.card, "format": FORMAT, "grids": grids}
+    try:
+        text = json.dumps(card, allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise errors.InputError(f"the card cannot be written: {problem}") from None
+    if len(text) > limits.MAX_CARD_CHARS:
+        raise errors.InputError(
+            f"a card of {len(text)} characters; at most "
+            f"{limits.MAX_CARD_CHARS} are written"
+        )
+    safetensors_file.write_safetensors(path, arrays, {"card": text})
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     """The artefact of a file that `write_artifact` made.
 
+    The file may come from a stranger: everything is checked before memory beyond a few
+    times the file's size is asked for.
+
     Raises:
       InputError: not such a file, or one whose parts do not fit together.
     """
-    shown = os.fspath(path)
     checkpoint = reader.read_checkpoint(path)
     try:
-        card = json.loads(str(checkpoint.metadata["card"]))
-        if card.pop("format") != FORMAT:
-            raise KeyError("format")
-        grids = card.pop("grids")
-        specs = {n: quantization.QuantSpec(**s) for n, s in grids["weights"].items()}
-        act_grid = grids["activations"]
-        act_spec = None if act_grid is None else quantization.QuantSpec(**act_grid)
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        return _artifact(checkpoint)
+    except Refusal as refusal:
         raise errors.InputError(
-            f"{shown} is no artefact of the format {FORMAT}: "
-            f"{type(problem).__name__} {problem}"
+            f"{bounded_file.shown(os.fspath(path), 200)}: {refusal}"
         ) from None
-    rooms: dict[str, dict[str, np.ndarray]] = {}
+
+
+def _artifact(checkpoint: reader.Checkpoint) -> Artifact:
+    card, specs, act_spec = _read_card(checkpoint.metadata.get("card"))
+    rooms: dict[str, dict[str, np.ndarray]] = {room: {} for room in _ROOMS}
     for name, array in checkpoint.arrays.items():
         room, _, rest = name.partition("/")
-        rooms.setdefault(room, {})[rest] = array
-    codes = rooms.get("codes", {})
-    quant_params = _params(rooms, "", codes, path)
-    act_params = _params(rooms, "act_", rooms.get("act_scale", {}), path)
+        if room not in rooms:
+            raise Refusal(f"array {name!r}; names begin with {', '.join(_ROOMS)}")
+        rooms[room][rest] = array
+    codes = rooms["codes"]
     if set(specs) != set(codes):
-        raise errors.InputError(
-            f"{shown}: the card describes {len(specs)} layers, the file holds "
-            f"codes of {len(codes)}, or of others"
+        raise Refusal(
+            f"the card describes {len(specs)} layers, the file holds codes of "
+            f"{len(codes)}, or of others"
         )
+    quant_params = _params(rooms["scale"], rooms["zero_point"])
+    if set(quant_params) != set(codes):
+        odd = sorted(set(quant_params) ^ set(codes))[0]
+        raise Refusal(f"{odd!r} has codes but no scale, or a scale but no codes")
+    act_params = _params(rooms["act_scale"], rooms["act_zero_point"], "act_")
+    if bool(act_params) != (act_spec is not None):
+        raise Refusal(
+            f"{len(act_params)} grids of activations, and the card describes "
+            f"{'none' if act_spec is None else 'some'}"
+        )
+    for name, params in act_params.items():
+        if params.scale.shape or not (name in codes or sums.is_operand(name)):
+            raise Refusal(
+                f"act_scale of {name!r} must be one number and of a layer with codes, "
+                f"got shape {list(params.scale.shape)}"
+            )
     variables: dict[str, Any] = {}
-    for name, array in rooms.get("float", {}).items():
+    for name, array in rooms["float"].items():
         _put(variables, name.split("/"), array)
     for layer, array in codes.items():
-        spec = specs[layer]
-        outside = array.dtype != spec.dtype or array.size == 0
-        if outside or array.min() < spec.qmin or array.max() > spec.qmax:
-            raise errors.InputError(
-                f"{shown}: codes of {layer!r} must be {spec.dtype} in {spec.qmin} to "
-                f"{spec.qmax}, got {array.dtype}, or others"
-            )
-        kernel = np.asarray(
-            quantization.dequantize(jnp.asarray(array), quant_params[layer])
-        )
-        if kernel.shape != array.shape:
-            raise errors.InputError(
-                f"{shown}: scales of {layer!r} have shape "
-                f"{quant_params[layer].scale.shape}, its codes {array.shape}"
-            )
-        _put(variables, _kernel_name(layer).split("/"), kernel)
+        _check_range(layer, array, specs[layer])
+        _check_fits(layer, array, quant_params[layer])
+        kernel = quantization.dequantize(jnp.asarray(array), quant_params[layer])
+        _put(variables, _kernel_name(layer).split("/"), np.asarray(kernel))
     variables.setdefault("batch_stats", {})
-    return Artifact(variables, codes, quant_params, specs, act_params, act_spec, card)
+    return Artifact(
+        variables,
+        codes,
+        quant_params,
+        specs,
+        act_params,
+        act_spec,
+        card,
+        checkpoint.sha256,
+    )
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _read_card(text: object):
+    """The card without its grids, the weights' by layer name, the activations' grid."""
+    try:
+        if not isinstance(text, str):
+            raise ValueError("it has no card")
+        if len(text) > limits.MAX_CARD_CHARS:
+            raise ValueError(
+                f"a card of {len(text)} characters; at most "
+                f"{limits.MAX_CARD_CHARS} are read"
+            )
+        card = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(card, dict) or card.pop("format", None) != FORMAT:
+            raise ValueError("its card names no such format")
+        grids = card.pop("grids")
+        specs = {
+            name: settings.from_mapping(quantization.QuantSpec, fields, name)
+            for name, fields in grids["weights"].items()
+        }
+        act_spec = grids["activations"]
+        if act_spec is not None:
+            act_spec = settings.from_mapping(
+                quantization.QuantSpec, act_spec, "activations"
+            )
+    except RecursionError:
+        raise Refusal(
+            f"no artefact of the format {FORMAT}: its card is nested too deeply"
+        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        reason = str(problem)
+        if not isinstance(problem, ValueError):
+            reason = f"its card lacks something ({type(problem).__name__} {problem})"
+        raise Refusal(
+            f"no artefact of the format {FORMAT}: {bounded_file.shown(reason, 300)}"
+        ) from None
+    return card, specs, act_spec
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"its card holds {name}")
 
 
 def _kernel_name(layer: str) -> str:
@@ -173,27 +237,65 @@ def _check_codes(artifact: Artifact, layer: str, kernel: Any) -> None:
         )
 
 
-def _params(rooms, prefix, layers, path) -> dict[str, quantization.QuantParams]:
+def _params(
+    scales: dict[str, np.ndarray],
+    zero_points: dict[str, np.ndarray],
+    prefix: str = "",
+) -> dict[str, quantization.QuantParams]:
+    """Grids by layer name, from two rooms of the file."""
     params = {}
-    for layer in layers:
-        parts = [
-            rooms.get(f"{prefix}{kind}", {}).get(layer)
-            for kind in ("scale", "zero_point")
-        ]
+    for layer in {**scales, **zero_points}:
+        scale: Any = scales.get(layer)
+        zero_point: Any = zero_points.get(layer)
         good = (
-            all(part is not None for part in parts)
-            and parts[0].shape == parts[1].shape
-            and parts[0].dtype == np.float32
-            and parts[1].dtype == np.int32
-            and np.all(parts[0] > 0)
+            scale is not None
+            and zero_point is not None
+            and scale.shape == zero_point.shape
+            and scale.dtype == np.float32
+            and zero_point.dtype == np.int32
+            and np.all(scale > 0)
         )
         if not good:
-            raise errors.InputError(
-                f"{os.fspath(path)}: {prefix}scale and {prefix}zero_point of {layer!r} "
-                "must be float32 > 0 and int32 of one shape"
+            raise Refusal(
+                f"{prefix}scale and {prefix}zero_point of {layer!r} must be float32 > "
+                f"0 and int32 of one shape, got {_summary(scale)} and "
+                f"{_summary(zero_point)}"
             )
-        params[layer] = quantization.QuantParams(*parts)
+        params[layer] = quantization.QuantParams(scale, zero_point)
     return params
+
+
+def _check_range(layer: str, codes: np.ndarray, spec: quantization.QuantSpec) -> None:
+    good = codes.dtype == spec.dtype and codes.size
+    if not good or codes.min() < spec.qmin or codes.max() > spec.qmax:
+        raise Refusal(
+            f"codes of {layer!r} must be {spec.dtype} in {spec.qmin} to {spec.qmax}, "
+            f"got {_summary(codes)}"
+        )
+
+
+def _check_fits(
+    layer: str, codes: np.ndarray, params: quantization.QuantParams
+) -> None:
+    """Refuses a grid that would make more of the codes than there are."""
+    shape = params.scale.shape
+    if len(shape) != codes.ndim or any(
+        size not in (1, whole) for size, whole in zip(shape, codes.shape, strict=True)
+    ):
+        raise Refusal(
+            f"scale of {layer!r} has shape {list(shape)}; for codes of shape "
+            f"{list(codes.shape)} every size must be that or 1"
+        )
+
+
+def _summary(array: np.ndarray | None) -> str:
+    """Type, shape and range of an array."""
+    if array is None:
+        return "none"
+    shown = f"{array.dtype} {list(array.shape)}"
+    if not array.size:
+        return shown
+    return f"{shown} in {float(array.min()):g} to {float(array.max()):g}"
 
 
 def _put(tree: dict[str, Any], path: list[str], leaf: np.ndarray) -> None:
@@ -202,5 +304,5 @@ def _put(tree: dict[str, Any], path: list[str], leaf: np.ndarray) -> None:
         if not isinstance(tree, dict):
             break
     if not isinstance(tree, dict) or path[-1] in tree:
-        raise errors.InputError(f"{'/'.join(path)} is both an array and a folder")
+        raise Refusal(f"{'/'.join(path)} is both an array and a folder")
     tree[path[-1]] = leaf

@@ -6,6 +6,7 @@ the format and reading it see the same bytes. It is read, never memory-mapped: a
 file that somebody truncates meanwhile kills the process instead of raising.
 """
 
+import hashlib
 import os
 import stat
 
@@ -15,6 +16,7 @@ from nad_jax import errors
 from nad_jax.interop import limits
 
 _CURSOR_BYTES = 64 * 1024
+_HASHED_BYTES = 2**20
 
 
 class Refusal(Exception):
@@ -101,11 +103,28 @@ class BoundedFile:
             view = view[count:]
             offset += count
 
+    def sha256(self) -> str:
+        """Hash of all its bytes, in hexadecimal."""
+        digest = hashlib.sha256()
+        for offset in range(0, self.size, _HASHED_BYTES):
+            digest.update(self.read(offset, min(_HASHED_BYTES, self.size - offset)))
+        return digest.hexdigest()
+
     def _check_range(self, offset: int, count: int) -> None:
         if offset < 0 or count < 0 or offset + count > self.size:
             raise self.error(
                 f"{count} bytes expected here, the file has {self.size}", offset
             )
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hash of a file's bytes, in hexadecimal.
+
+    Raises:
+        InputError: it is no regular file that can be read.
+    """
+    with BoundedFile(path) as file:
+        return file.sha256()
 
 
 class Cursor:

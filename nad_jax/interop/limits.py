@@ -40,6 +40,9 @@ MAX_PICKLE_INT_BYTES = 10
 # names of 200 characters need 15 MB, and parsed JSON is up to 24 times its text.
 MAX_HEADER_BYTES = 16 * 2**20
 
+# Card of an artefact, a JSON text; parsed JSON is up to 24 times its text.
+MAX_CARD_CHARS = 2**20
+
 # Values (numbers, texts, containers, arrays) in one msgpack file.
 MAX_MSGPACK_VALUES = 300_000
 

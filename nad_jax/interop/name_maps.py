@@ -124,13 +124,6 @@ def to_torch(
     return arrays
 
 
-def guess_arch(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """Names of the architectures that all arrays fit, by name and shape; often one."""
-    if arch_match.foreign_kind(arrays):
-        return ()
-    return tuple(fit.arch for fit in arch_match.nearest_fits(arrays) if not fit.count)
-
-
 # Values --------------------------------------------------------------------------
 
 

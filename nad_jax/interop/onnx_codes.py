@@ -6,6 +6,7 @@ of the graph computes is the auditor's question. The file is data: it is parsed,
 run, and arrays kept in other files are refused.
 """
 
+import hashlib
 import math
 import os
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 from nad_jax import errors
 from nad_jax.core import quantization
 from nad_jax.interop import bounded_file
+from nad_jax.interop.bounded_file import Refusal, shown
 from nad_jax.models import sums
 
 _LAYER_OPS = ("Conv", "Gemm", "MatMul")
@@ -35,6 +37,7 @@ class OnnxCodes(NamedTuple):
       image_shape: `(H, W, C)`.
       metadata: Texts stored with the model.
       model: The parsed `onnx.ModelProto`.
+      sha256: Of the file, in hexadecimal.
     """
 
     codes: dict[str, np.ndarray]
@@ -45,6 +48,7 @@ class OnnxCodes(NamedTuple):
     image_shape: tuple[int, ...]
     metadata: dict[str, str]
     model: Any
+    sha256: str
 
 
 def read_onnx(path: str | os.PathLike[str]) -> OnnxCodes:
@@ -67,21 +71,13 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxCodes:
         label = file.label
     try:
         model = onnx.load_model_from_string(data)
-        elsewhere = [
-            tensor.name
-            for tensor in model.graph.initializer
-            if tensor.data_location == onnx.TensorProto.EXTERNAL
-        ]
-        if elsewhere:
-            raise errors.InputError(
-                f"{label}: {elsewhere[0]!r} is kept in another file"
-            )
+        _check_plain(model)
         arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         shape = model.graph.input[0].type.tensor_type.shape.dim
         image_shape = tuple(int(size.dim_value) for size in shape[1:])
         found = _layers(model.graph.node, arrays)
-    except errors.InputError:
-        raise
+    except Refusal as refusal:
+        raise errors.InputError(f"{label}: {refusal}") from None
     except Exception as error:  # protobuf's errors have no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise errors.InputError(
@@ -92,7 +88,31 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxCodes:
             f"{label}: no layer's weights are codes behind a DequantizeLinear"
         )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return OnnxCodes(*found, image_shape, metadata, model)
+    digest = hashlib.sha256(data).hexdigest()
+    return OnnxCodes(*found, image_shape, metadata, model, digest)
+
+
+def _check_plain(model: Any) -> None:
+    """Refuses what holds arrays or nodes that the auditor would not look at."""
+    from onnx import TensorProto
+
+    graph = model.graph
+    extras = {
+        "functions": model.functions,
+        "training_info": model.training_info,
+        "sparse initializers": graph.sparse_initializer,
+    }
+    for name, found in extras.items():
+        if found:
+            raise Refusal(f"{len(found)} {name}; accepted are models without")
+    seen = set()
+    for tensor in graph.initializer:
+        name = shown(tensor.name)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise Refusal(f"{name} is kept in another file")
+        if tensor.name in seen:
+            raise Refusal(f"two initializers are called {name}")
+        seen.add(tensor.name)
 
 
 def _layers(nodes, arrays):
@@ -124,19 +144,32 @@ def _layers(nodes, arrays):
         # Conv: [O, I, *window] -> [*window, I, O].
         order = (*range(2, rank), 1, 0) if node.op_type == "Conv" else range(rank)
         codes[layer] = stored.astype(wide).transpose(tuple(order))
-        channels = (1,) * (rank - 1) + (scale.size,)
-        grids[layer] = quantization.QuantParams(
-            np.asarray(scale, np.float32).reshape(channels),  # pyright: ignore
-            np.asarray(zero_point).astype(np.int32).reshape(channels),  # pyright: ignore
-        )
+        num_scales = np.size(scale)
+        if num_scales not in (1, codes[layer].shape[-1]):
+            raise Refusal(
+                f"{num_scales} scales of {shown(layer)}; accepted are one, or one for "
+                f"each of its {codes[layer].shape[-1]} output channels"
+            )
+        grids[layer] = _grid(scale, zero_point, (1,) * (rank - 1) + (num_scales,))
         grid = _input_grid(made_by.get(node.input[0]), made_by, arrays)
         if grid is not None:
             act_grids[layer] = grid[0]
             act_widths.add(grid[1])
     if len(act_widths) > 1:
-        raise errors.InputError(f"activations of {len(act_widths)} widths in one file")
+        raise Refusal(f"activations of {len(act_widths)} widths in one file")
     act_bits = act_widths.pop() if act_widths else None
     return codes, grids, widths, act_grids, act_bits
+
+
+def _grid(scale, zero_point, shape) -> quantization.QuantParams:
+    """float32 and int32 of that shape."""
+    scale = np.asarray(scale, np.float32).reshape(shape)
+    if not np.all(np.isfinite(scale) & (scale > 0)):
+        raise Refusal(
+            f"a scale of {float(scale.min()):g}; accepted are finite numbers > 0"
+        )
+    zero_point = np.asarray(zero_point).astype(np.int32).reshape(shape)
+    return quantization.QuantParams(scale, zero_point)  # pyright: ignore
 
 
 def _input_grid(dequantize, made_by, arrays):
@@ -144,10 +177,7 @@ def _input_grid(dequantize, made_by, arrays):
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None
     scale, zero_point = (arrays[name] for name in dequantize.input[1:])
-    params = quantization.QuantParams(
-        np.asarray(scale, np.float32).reshape(()),  # pyright: ignore
-        np.asarray(zero_point).astype(np.int32).reshape(()),  # pyright: ignore
-    )
+    params = _grid(scale, zero_point, ())
     bits = 8
     clip = made_by.get(made_by[dequantize.input[0]].input[0])
     if clip is not None and clip.op_type == "Clip":

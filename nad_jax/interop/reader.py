@@ -6,7 +6,7 @@ refuses the file that is the answer: there is no second, looser attempt.
 
     torch-zip     torch.save since 1.6        torch_reader
     torch-legacy  torch.save before           torch_reader
-    safetensors                               safetensors_reader
+    safetensors                               safetensors_file
     flax-msgpack  flax.serialization          msgpack_reader
 """
 
@@ -19,7 +19,7 @@ from nad_jax.interop import (
     bounded_file,
     model_entry,
     msgpack_reader,
-    safetensors_reader,
+    safetensors_file,
     stored_array,
     torch_reader,
 )
@@ -37,11 +37,13 @@ class Checkpoint:
             files, "params/..." names for Flax ones, as found for safetensors.
         format: one of `FORMATS`.
         metadata: numbers and short texts saved beside the model.
+        sha256: of the file these were read from, in hexadecimal.
     """
 
     arrays: dict[str, np.ndarray]
     format: str
     metadata: dict[str, object]
+    sha256: str
 
 
 def read_checkpoint(
@@ -70,17 +72,19 @@ def read_checkpoint(
         else:
             if entry is not None:
                 raise file.error("a safetensors file has no entries; leave entry out")
-            arrays, metadata = safetensors_reader.read_open_file(file)
+            arrays, metadata = safetensors_file.read_open_file(file)
             arrays = model_entry.without_parallel_prefix(arrays)
             arrays = model_entry.checked_names(arrays, file)
         _check_finite(arrays, file)
-    return Checkpoint(arrays, format_name, dict(metadata))
+        # Of the file that is open, whatever its path leads to by now; last, so that
+        # what is refused is refused at once.
+        return Checkpoint(arrays, format_name, dict(metadata), file.sha256())
 
 
 def detect_format(file: bounded_file.BoundedFile) -> str:
     """One of `FORMATS`, from the first bytes of the file."""
     start = file.read(0, min(file.size, 16))
-    if safetensors_reader.looks_like_safetensors(file):
+    if safetensors_file.looks_like_safetensors(file):
         return "safetensors"
     if start[:4] == b"PK\x03\x04":
         return "torch-zip"

@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import linear as flax_linear
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jax_core
@@ -109,7 +110,7 @@ def is_layer_call(context: nn.module.InterceptorContext) -> bool:
 def find_layers(
     module: nn.Module,
     variables: Mapping[str, Any],
-    images: jax.Array,
+    images: jax.Array | jax.ShapeDtypeStruct,
     *,
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Layer]:
@@ -118,7 +119,8 @@ def find_layers(
     Args:
       module: Any Linen module.
       variables: Its variables, with the collection "params".
-      images: Inputs; only shape and dtype are used.
+      images: Inputs; only shape and dtype are used, so a `jax.ShapeDtypeStruct` will
+        do.
       apply_kwargs: Keyword arguments of the module's call, e.g. `{"train": False}`.
 
     Raises:
@@ -207,7 +209,7 @@ def _trace_layers(module, variables, images, apply_kwargs) -> dict[Path, Layer]:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise errors.InputError(
             f"{type(module).__name__} cannot be applied to images of shape "
-            f"{jnp.shape(images)} ({type(error).__name__}: {reason})"
+            f"{np.shape(images)} ({type(error).__name__}: {reason})"
         ) from error
     uses = _count_uses(jaxpr)
     for path, (norm, epsilon) in normed.items():

@@ -45,8 +45,6 @@ class Figures:
       trigger: The trigger on a plain background, uint8 `[H, W, C]`.
       clean_samples: Test images, uint8 `[N, H, W, C]`.
       triggered_samples: The same images with the trigger, uint8 `[N, H, W, C]`.
-      sample_captions: One line under each pair (say, what each network makes of it);
-        empty, or `N` of them.
       attention: One entry per network and image: the network's name, the image it
         saw, uint8 `[H, W, C]`, and its attention maps by stage, float `[h, w]` in
         [0, 1]. For each name one triggered image, or a clean one and then the same with
@@ -59,7 +57,6 @@ class Figures:
     trigger: np.ndarray | None = None
     clean_samples: np.ndarray | None = None
     triggered_samples: np.ndarray | None = None
-    sample_captions: tuple[str, ...] = ()
     attention: tuple[tuple[str, np.ndarray, Mapping[str, np.ndarray]], ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,11 +70,6 @@ class Figures:
                 raise InputError(
                     f"clean_samples {shapes[0]} and triggered_samples {shapes[1]}; "
                     "both are [N, H, W, C] of one shape"
-                )
-            if self.sample_captions and len(self.sample_captions) != shapes[0][0]:
-                raise InputError(
-                    f"{len(self.sample_captions)} sample_captions for {shapes[0][0]} "
-                    "samples; give one each or none"
                 )
             for pair in zip(self.clean_samples, self.triggered_samples, strict=True):
                 _check_image(pair[0], "clean_samples")
@@ -112,7 +104,7 @@ def render(report: Mapping[str, Any], figures: Figures | None = None) -> str:
       figures: Its pictures; sections without pictures are left out.
 
     Returns:
-      The page, from doctype to end. Write it with `schema.write_text`.
+      The page, from doctype to end. Write it with `whole_file.write_text`.
 
     Raises:
       InputError: If the report is not one.
@@ -124,10 +116,7 @@ def render(report: Mapping[str, Any], figures: Figures | None = None) -> str:
     decimals = tables.decimals_for(row for group in groups for row in group.rows)
     title = report.get("title") or "Report"
     samples = pictures.samples(
-        figures.trigger,
-        figures.clean_samples,
-        figures.triggered_samples,
-        figures.sample_captions,
+        figures.trigger, figures.clean_samples, figures.triggered_samples
     )
     sections = [
         markup.section("Results", results.table(groups, decimals)),

@@ -22,7 +22,6 @@ def samples(
     trigger: np.ndarray | None,
     clean_samples: np.ndarray | None,
     triggered_samples: np.ndarray | None,
-    captions: Sequence[str],
 ) -> list[markup.Child]:
     """The trigger beside pairs of test images; whatever of it there is."""
     content: list[markup.Child] = []
@@ -41,14 +40,12 @@ def samples(
         pairs = []
         count = min(len(clean_samples), _MAX_SAMPLES)
         for i in range(count):
-            caption = captions[i] if captions else None
             clean, triggered = clean_samples[i], triggered_samples[i]
             pairs.append(
                 markup.el(
                     "li",
                     _picture(clean, size=80, alt=f"Test image {i + 1}"),
                     _picture(triggered, size=80, alt=f"Test image {i + 1}, triggered"),
-                    markup.el("span", caption) if caption else None,
                 )
             )
         if pairs:

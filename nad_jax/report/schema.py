@@ -24,13 +24,11 @@ there were several); one that rounds weights also by `weight_bits`, and it holds
 list `acceptance`: whether the attack was what it claims to be (`nad_jax.acceptance`).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import numbers
 import os
-import secrets
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -572,53 +570,3 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it holds {name}")
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as JSON, completely or not at all.
-
-    Args:
-      path: The file; its folder exists.
-      obj: Anything that `plain` accepts; scalars and arrays of numpy are converted.
-
-    Raises:
-      InputError: For NaN, an infinity, an unknown type, or a file that cannot be
-        written; whatever stood there before is then still there.
-    """
-    # Pure ASCII, so that no name in a config can make a file that is not UTF-8.
-    write_text(path, json.dumps(plain(obj), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8, completely or not at all; otherwise as `write_json`.
-
-    A reader, or a run after a crash, sees the old file or the new one, never half of
-    one: the bytes go to a temporary neighbour, are forced to disk and only then take
-    the name.
-    """
-    path = Path(path)
-    data = text.encode("utf-8", errors="replace")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut, where the system can do that."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)

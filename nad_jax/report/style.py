@@ -120,10 +120,8 @@ svg .tick { font-size: .75rem; }
   color: var(--soft); margin: .6rem 0 0; }
 .pictures figure:only-child { grid-column: 1 / -1; }
 .pairs { display: flex; flex-wrap: wrap; gap: 1rem .75rem; }
-.pairs li { width: min-content; font-size: .75rem; line-height: 1.3; }
+.pairs li { width: min-content; }
 .pairs img + img { margin-top: 4px; }
-.pairs span { display: block; margin-top: .3rem; color: var(--soft);
-  font-variant-numeric: tabular-nums; }
 img { display: block; max-width: 100%; background: var(--track); border-radius: 2px; }
 .pairs img, .maps img { max-width: none; }
 .pixels { image-rendering: pixelated; }

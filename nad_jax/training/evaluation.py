@@ -87,6 +87,52 @@ def make_evaluator(
     Raises:
         InputError: arrays that do not fit together, or a trigger without targets.
     """
+    measure = _make_measure(
+        apply_fn,
+        images,
+        labels,
+        trigger=trigger,
+        target_labels=target_labels,
+        batch_size=batch_size,
+        mesh=mesh,
+        with_predictions=False,
+    )
+    return lambda variables: measure(variables)[0]
+
+
+def make_predicting_evaluator(
+    apply_fn: ApplyFn, images: Any, labels: Any, **options: Any
+) -> Callable[[Any], tuple[Rates, np.ndarray]]:
+    """As `make_evaluator`, but its function also returns what was counted.
+
+    Args:
+        apply_fn: as there.
+        images: uint8 `[N, H, W, C]`.
+        labels: int `[N]`.
+        **options: as there.
+
+    Returns:
+        A function `variables -> (rates, predictions)`: `metrics.predict` of each clean
+        image, int32 `[N]`.
+    """
+    return _make_measure(apply_fn, images, labels, **options, with_predictions=True)
+
+
+def _make_measure(
+    apply_fn,
+    images,
+    labels,
+    *,
+    with_predictions,
+    trigger=None,
+    target_labels=None,
+    batch_size=DEFAULT_BATCH_SIZE,
+    mesh=None,
+) -> Callable[[Any], tuple[Rates, Any]]:
+    """`make_evaluator` and `make_predicting_evaluator` in one; None = no predictions.
+
+    They are not collected from all devices where nobody asked for them.
+    """
     num_examples = images.shape[0]
     if num_examples == 0:
         raise errors.InputError("there are no images to evaluate on, got 0")
@@ -110,7 +156,7 @@ def make_evaluator(
     @functools.partial(
         jax.jit, out_shardings=None if mesh is None else sharding.replicated(mesh)
     )
-    def count(variables: Any, dataset: Any, batch: Any) -> metrics.Counts:
+    def count(variables: Any, dataset: Any, batch: Any) -> Any:
         images, labels, targets, trigger = dataset
         indices, mask = batch
         clean = batches.to_float(images[indices])
@@ -120,24 +166,28 @@ def make_evaluator(
         if trigger is not None:
             triggered = triggers.apply_trigger(clean, trigger)
             triggered_logits = _logits(apply_fn(variables, triggered))
-        return metrics.count_batch(
-            _logits(apply_fn(variables, clean)),
+        clean_logits = _logits(apply_fn(variables, clean))
+        counts = metrics.count_batch(
+            clean_logits,
             triggered_logits,
             labels[indices],
             mask,
             target_labels=targets[indices],
         )
+        return counts, metrics.predict(clean_logits) if with_predictions else None
 
-    def evaluator(variables: Any) -> Rates:
+    def measure(variables: Any) -> tuple[Rates, Any]:
         if mesh is not None:
             variables = sharding.replicate(variables, mesh)
-        counts = [count(variables, dataset, batch) for batch in schedule]
+        found = [count(variables, dataset, batch) for batch in schedule]
         # Fetched once, after everything was started.
-        return metrics.summarize(
-            functools.reduce(metrics.merge, jax.device_get(counts))
-        )
+        counts, predictions = zip(*jax.device_get(found), strict=True)
+        rates = metrics.summarize(functools.reduce(metrics.merge, counts))
+        if not with_predictions:
+            return rates, None
+        return rates, np.concatenate(predictions)[np.asarray(mask).reshape(-1)]
 
-    return evaluator
+    return measure
 
 
 def _as_labels(name: str, value: Any, num_examples: int) -> jax.Array:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from benchmarks import floors, results
+from nad_jax import errors
 
 
 def test_a_ratio_is_their_time_over_ours_of_medians():
@@ -43,7 +44,7 @@ def test_a_file_holds_the_rows_and_is_replaced_as_a_whole(tmp_path):
     results.write(path, results.document([row], facts={"machine": "m"}))
     stored = json.loads(path.read_text("utf-8"))
     assert stored["cases"] == [row] and stored["machine"] == "m"
-    with pytest.raises(ValueError):
+    with pytest.raises(errors.InputError):
         results.write(path, {"cases": [float("nan")]})
     assert json.loads(path.read_text("utf-8")) == stored
 

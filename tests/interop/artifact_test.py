@@ -11,7 +11,7 @@ import pytest
 
 from nad_jax import errors
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.interop import artifact, safetensors_reader
+from nad_jax.interop import artifact, safetensors_file
 
 
 class _Net(nn.Module):
@@ -66,7 +66,7 @@ def test_kernels_are_stored_as_integers_only(tmp_path):
     result, _ = _quantized()
     path = tmp_path / "model.safetensors"
     artifact.write_artifact(path, _artifact(result))
-    names = safetensors_reader.read_safetensors(path)[0]
+    names = safetensors_file.read_safetensors(path)[0]
     assert "codes/Conv_0" in names and "float/params/Conv_0/bias" in names
     assert not any(name.endswith("kernel") for name in names)
 
@@ -82,10 +82,21 @@ def test_codes_of_another_model_are_not_written(tmp_path):
 
 
 def _spoiled(path, change):
-    arrays, metadata = safetensors_reader.read_safetensors(path)
+    arrays, metadata = safetensors_file.read_safetensors(path)
     arrays, metadata = dict(arrays), dict(metadata)
     change(arrays, metadata)
-    safetensors_reader.write_safetensors(path, arrays, metadata)
+    safetensors_file.write_safetensors(path, arrays, metadata)
+
+
+def _fan_out(arrays, shape, codes=(4, 3)):
+    """A grid of another shape for a layer with codes of this one."""
+    arrays["codes/Dense_0"] = np.zeros(codes, "i1")
+    arrays["scale/Dense_0"] = np.ones(shape, "f4")
+    arrays["zero_point/Dense_0"] = np.zeros(shape, "i4")
+
+
+def _change_card(metadata, more):
+    metadata["card"] = metadata["card"][:-1] + ", " + more + "}"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +106,7 @@ def _spoiled(path, change):
         (lambda a, m: m.update(card="[]"), "no artefact"),
         (lambda a, m: m.update(card=m["card"].replace("/1", "/9")), "no artefact"),
         (lambda a, m: a.pop("codes/Conv_0"), "card describes 2 layers"),
-        (lambda a, m: a.pop("scale/Conv_0"), "scale and zero_point of 'Conv_0'"),
+        (lambda a, m: a.pop("scale/Conv_0"), "of 'Conv_0' must be .* got none and"),
         (
             lambda a, m: a.update({"scale/Conv_0": -a["scale/Conv_0"]}),
             "scale and zero_point of 'Conv_0'",
@@ -112,12 +123,94 @@ def _spoiled(path, change):
             lambda a, m: a.update({"float/params": np.ones(1, "f4")}),
             "both an array and a folder",
         ),
+        (
+            lambda a, m: a.update({"more/x": np.ones(1, "f4")}),
+            "array 'more/x'; names begin with codes",
+        ),
+        (
+            lambda a, m: a.update({"codes/Conv_0": np.full((2, 9), 99, "i1")}),
+            r"in -7 to 7, got int8 \[2, 9\] in 99 to 99",
+        ),
+        (
+            lambda a, m: a.update({"scale/Conv_0": np.zeros(3, "f8")}),
+            r"must be float32 .* got float64 \[3\] in 0 to 0 and int32 \[1, 1, 1, 4\]",
+        ),
+        (lambda a, m: _fan_out(a, (1, 6000), (6000, 1)), "scale of 'Dense_0' has"),
+        (lambda a, m: _fan_out(a, (5,)), "scale of 'Dense_0' has"),
+        (lambda a, m: _fan_out(a, (2, 3)), "scale of 'Dense_0' has"),
+        (lambda a, m: _fan_out(a, (1, 1, 1)), r"\[4, 3\] every size must be that or 1"),
+        (
+            lambda a, m: a.update(
+                {
+                    "act_scale/Conv_0": np.ones(1, "f4"),
+                    "act_zero_point/Conv_0": np.zeros(1, "i4"),
+                }
+            ),
+            r"act_scale of 'Conv_0' must be one number .* got shape \[1\]",
+        ),
+        (
+            lambda a, m: a.update(
+                {
+                    "act_scale/other": np.ones((), "f4"),
+                    "act_zero_point/other": np.zeros((), "i4"),
+                }
+            ),
+            "act_scale of 'other' must be",
+        ),
+        (
+            lambda a, m: [a.pop(name) for name in list(a) if name[:4] == "act_"],
+            "0 grids of activations, and the card describes some",
+        ),
+        (lambda a, m: _change_card(m, '"x": ' + "[" * 9**5 + "]" * 9**5), "too deeply"),
+        (lambda a, m: _change_card(m, '"x": "' + "y" * 2**20 + '"'), "at most 1048576"),
+        (lambda a, m: _change_card(m, '"x": NaN'), "card holds NaN"),
+        (lambda a, m: _change_card(m, '"x": [-Infinity]'), "card holds -Infinity"),
+        (
+            lambda a, m: m.update(card=m["card"].replace('"bits": 4', '"bits": 9')),
+            "artifact/1: 'Conv_0.bits must be 2 to 8, got 9'",
+        ),
+        (
+            lambda a, m: m.update(card=m["card"].replace('"bits": 4', '"bits": "4"')),
+            "Conv_0.bits must be int, got ",
+        ),
+        (
+            lambda a, m: m.update(card=m["card"].replace('"narrow"', '"thin"')),
+            "Conv_0.thin is not known",
+        ),
     ],
 )
 def test_a_spoiled_file_is_refused_in_one_line(tmp_path, change, message):
+    """And before anything is made of its codes."""
     path = tmp_path / "model.safetensors"
     artifact.write_artifact(path, _artifact(_quantized()[0]))
     _spoiled(path, change)
     with pytest.raises(errors.InputError, match=message) as refusal:
         artifact.read_artifact(path)
-    assert "\n" not in str(refusal.value)
+    said = str(refusal.value)
+    assert "\n" not in said and "InputError" not in said and len(said) < 700
+
+
+def test_shapes_are_compared_before_anything_is_made_of_them(tmp_path, monkeypatch):
+    """Two vectors of a file would otherwise ask for the product of their lengths."""
+    path = tmp_path / "model.safetensors"
+    artifact.write_artifact(path, _artifact(_quantized()[0]))
+    _spoiled(path, lambda a, m: _fan_out(a, (1, 60000), (60000, 1)))
+
+    def small_ones_only(codes, params):
+        assert np.broadcast_shapes(codes.shape, params.scale.shape) == codes.shape
+        return jnp.zeros(codes.shape)
+
+    monkeypatch.setattr(artifact.quantization, "dequantize", small_ones_only)
+    with pytest.raises(errors.InputError, match=r"shape \[1, 60000\]; for codes"):
+        artifact.read_artifact(path)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [({"x": float("nan")}, "cannot be written"), ({"x": "y" * 2**20}, "at most 1048")],
+)
+def test_a_card_that_could_not_be_read_back_is_not_written(tmp_path, card, message):
+    parts = _artifact(_quantized()[0])._replace(card=card)
+    with pytest.raises(errors.InputError, match=message):
+        artifact.write_artifact(tmp_path / "x", parts)
+    assert not (tmp_path / "x").exists()

@@ -38,7 +38,7 @@ import mutations  # noqa: E402
 import oracles  # noqa: E402
 import result_file  # noqa: E402
 
-from nad_jax import errors  # noqa: E402
+from nad_jax import errors, whole_file  # noqa: E402
 from nad_jax.interop import reader  # noqa: E402
 
 OUTCOMES = ("accepted", "rejected", "wrong_accept", "crash", "hang")
@@ -217,9 +217,7 @@ def main() -> int:
         pieces = Path(options.out + ".pieces")
     report = fuzz(options.seed, options.cases, options.jobs, pieces)
     if pieces is not None:
-        temporary = Path(options.out + ".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(temporary, options.out)
+        whole_file.write_json(options.out, report)
         pieces.unlink()
     print(json.dumps({k: v for k, v in report.items() if k != "failures"}, indent=2))
     for failure in report["failures"]:

@@ -2,6 +2,7 @@
 """The door: format by content, one strict reader, one line of refusal."""
 
 import ast
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors, interop
-from nad_jax.interop import limits, reader
+from nad_jax.interop import bounded_file, limits, reader
 
 NAMES = ["m.pth.tar", "m.safetensors", "m.msgpack", "m.txt", "m"]
 
@@ -114,6 +115,32 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
     assert "became shorter" in refusal(path)
 
 
+def test_the_hash_is_that_of_the_bytes_that_were_read(tmp_path, monkeypatch):
+    """Another file takes the path while the first one is open."""
+    data, _ = good.safetensors_sample()
+    path = tmp_path / "m"
+    path.write_bytes(data)
+    (tmp_path / "other").write_bytes(good.zip_sample()[0])
+    detect = reader.detect_format
+
+    def exchange(file):
+        os.replace(tmp_path / "other", path)
+        return detect(file)
+
+    monkeypatch.setattr(reader, "detect_format", exchange)
+    found = reader.read_checkpoint(path)
+    assert found.format == "safetensors"
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert bounded_file.sha256(path) != found.sha256
+
+
+def test_the_hash_of_what_cannot_be_read_is_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "none", "a\0b"):
+        with pytest.raises(errors.InputError) as caught:
+            bounded_file.sha256(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_no_descriptor_stays_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     (tmp_path / "good").write_bytes(good.zip_sample()[0])
@@ -159,7 +186,7 @@ def test_no_reader_imports_what_can_execute_a_file():
     calls = {"eval", "exec", "compile", "__import__", "getattr", "globals"}
     folder = Path(interop.__path__[0])
     names = "bounded_file limits model_entry msgpack_reader pickle_machine reader"
-    names += " safetensors_reader stored_array stored_zip torch_reader torch_tensors"
+    names += " safetensors_file stored_array stored_zip torch_reader torch_tensors"
     for name in names.split():
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
             if isinstance(node, ast.Import):

@@ -155,14 +155,6 @@ def test_a_damaged_report_is_refused_before_anything_is_drawn():
             },
             "one shape",
         ),
-        (
-            {
-                "clean_samples": np.zeros((2, 4, 4, 3), np.uint8),
-                "triggered_samples": np.zeros((2, 4, 4, 3), np.uint8),
-                "sample_captions": ("one",),
-            },
-            "captions",
-        ),
     ],
 )
 def test_pictures_of_the_wrong_kind_are_refused(changes, match):

@@ -86,7 +86,6 @@ def make_figures(text="Float", channels=3):
         trigger=images[0],
         clean_samples=images,
         triggered_samples=255 - images,
-        sample_captions=(text, text),
         attention=(
             (text, images[0], maps),
             ("other", images[1], {"stage2": maps["stage2"]}),

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from nad_jax import whole_file
 from nad_jax.errors import InputError
 from nad_jax.report import schema, tables
 
@@ -203,7 +204,7 @@ def test_the_command_prints_the_table_of_the_files(tmp_path, capsys):
     paths = []
     for i in range(2):
         paths.append(str(tmp_path / f"{i}.json"))
-        schema.write_json(paths[-1], _report([_row("efrap", 0.0, seed=i)]))
+        whole_file.write_json(paths[-1], _report([_row("efrap", 0.0, seed=i)]))
     assert tables.main(paths) == 0
     printed = capsys.readouterr().out
     assert printed == tables.markdown_table([schema.read_report(p) for p in paths])

@@ -193,6 +193,26 @@ def test_a_mesh_takes_variables_from_any_device(variables):
     assert got == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("with_mesh", [False, True])
+def test_predictions_are_those_that_were_counted(variables, trigger, with_mesh):
+    """One for each image, in order, with the same rates as without them."""
+    images, labels = dataset(23)
+    options = {
+        "trigger": trigger,
+        "target_labels": 1,
+        "batch_size": 10,
+        "mesh": sharding.data_mesh() if with_mesh else None,
+    }
+    plain = evaluation.make_evaluator(linear, images, labels, **options)
+    predicting = evaluation.make_predicting_evaluator(linear, images, labels, **options)
+    rates, predictions = predicting(variables)
+    assert rates == plain(variables)
+    logits = images.reshape(23, -1) / 255.0 @ np.asarray(variables["weights"])
+    np.testing.assert_array_equal(predictions, np.argmax(logits, -1))
+    assert rates["acc"] == np.mean(predictions == labels)
+
+
 def test_misuse_is_one_line(variables, trigger):
     images, labels = dataset(5)
     with pytest.raises(errors.InputError, match="needs target_labels"):

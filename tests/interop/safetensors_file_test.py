@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from nad_jax import errors
-from nad_jax.interop import reader, safetensors_reader
+from nad_jax.interop import reader, safetensors_file
 
 ARRAYS = good.sample().arrays()
 
@@ -19,7 +19,7 @@ ARRAYS = good.sample().arrays()
 def test_sample_reads_as_its_values(tmp_path):
     data, expected = good.safetensors_sample()
     (tmp_path / "m").write_bytes(data)
-    arrays, metadata = safetensors_reader.read_safetensors(tmp_path / "m")
+    arrays, metadata = safetensors_file.read_safetensors(tmp_path / "m")
     assert metadata == {"note": "sample"}
     assert arrays.keys() == expected.keys()
     for name, array in expected.items():
@@ -28,7 +28,7 @@ def test_sample_reads_as_its_values(tmp_path):
 
 def test_the_package_reads_what_we_write(tmp_path):
     path = tmp_path / "m.safetensors"
-    safetensors_reader.write_safetensors(path, ARRAYS, {"who": "nad_jax", "n": "15"})
+    safetensors_file.write_safetensors(path, ARRAYS, {"who": "nad_jax", "n": "15"})
     oracles.check("safetensors", path.read_bytes(), ARRAYS)
     with safetensors.safe_open(path, framework="np") as opened:
         assert opened.metadata() == {"who": "nad_jax", "n": "15"}
@@ -38,7 +38,7 @@ def test_we_read_what_the_package_writes(tmp_path):
     path = tmp_path / "m"
     arrays = {k: a.copy() for k, a in ARRAYS.items() if a.dtype != ml_dtypes.bfloat16}
     safetensors.numpy.save_file(arrays, path, {"a": "b"})
-    found, metadata = safetensors_reader.read_safetensors(path)
+    found, metadata = safetensors_file.read_safetensors(path)
     assert metadata == {"a": "b"}
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
@@ -55,23 +55,23 @@ def test_strides_and_byte_order_of_the_writer_do_not_matter(tmp_path):
         "scalar": np.float64(3.5).reshape(()),
         "empty": base[:0],
     }
-    safetensors_reader.write_safetensors(tmp_path / "m", odd)
-    found, _ = safetensors_reader.read_safetensors(tmp_path / "m")
+    safetensors_file.write_safetensors(tmp_path / "m", odd)
+    found, _ = safetensors_file.read_safetensors(tmp_path / "m")
     for name, array in odd.items():
         np.testing.assert_array_equal(found[name], array)
         assert found[name].shape == array.shape
 
 
 def test_same_arrays_same_bytes_whatever_their_order(tmp_path):
-    safetensors_reader.write_safetensors(tmp_path / "a", ARRAYS)
+    safetensors_file.write_safetensors(tmp_path / "a", ARRAYS)
     turned = dict(reversed(ARRAYS.items()))
-    safetensors_reader.write_safetensors(tmp_path / "b", turned)
+    safetensors_file.write_safetensors(tmp_path / "b", turned)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_every_array_is_aligned_to_its_elements(tmp_path):
     path = tmp_path / "m"
-    safetensors_reader.write_safetensors(path, ARRAYS)
+    safetensors_file.write_safetensors(path, ARRAYS)
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     assert start % 8 == 0
@@ -82,7 +82,7 @@ def test_every_array_is_aligned_to_its_elements(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "m"
-    safetensors_reader.write_safetensors(path, {"w": np.ones(3, "<f4")})
+    safetensors_file.write_safetensors(path, {"w": np.ones(3, "<f4")})
     before = path.read_bytes()
 
     def no_space(*_: object) -> None:
@@ -92,7 +92,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(os, step, no_space)
             with pytest.raises(errors.InputError, match="No space left"):
-                safetensors_reader.write_safetensors(path, {"w": np.zeros(9, "<f4")})
+                safetensors_file.write_safetensors(path, {"w": np.zeros(9, "<f4")})
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["m"]
 
@@ -112,19 +112,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
 )
 def test_what_could_not_be_read_back_is_not_written(tmp_path, arrays, metadata, words):
     with pytest.raises(errors.InputError) as caught:
-        safetensors_reader.write_safetensors(tmp_path / "m", arrays, metadata)
+        safetensors_file.write_safetensors(tmp_path / "m", arrays, metadata)
     assert words in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(errors.InputError, match="cannot write .*No such file"):
-        safetensors_reader.write_safetensors(
+        safetensors_file.write_safetensors(
             tmp_path / "no" / "m", {"w": np.ones(1, "<f4")}
         )
 
 
 def test_data_parallel_prefix_goes_from_a_checkpoint(tmp_path):
     arrays = {"module.a": np.ones(1, "<f4"), "module.b": np.ones(2, "<f4")}
-    safetensors_reader.write_safetensors(tmp_path / "m", arrays)
+    safetensors_file.write_safetensors(tmp_path / "m", arrays)
     assert set(reader.read_checkpoint(tmp_path / "m").arrays) == {"a", "b"}

@@ -10,16 +10,14 @@ overlap, a byte too many or too few, a number that is not an integer are all ref
 because another reader might resolve them differently.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from nad_jax import errors
+from nad_jax import errors, whole_file
 from nad_jax.interop import bounded_file, limits, model_entry, stored_array
 from nad_jax.interop.bounded_file import Refusal, shown
 
@@ -260,7 +258,7 @@ def write_safetensors(
         )
     parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
     parts += [ready[name].reshape(-1).view(np.uint8).data for name in order]
-    _write_atomically(path, parts)
+    whole_file.write_bytes(path, *parts)
 
 
 def _writable(name: str, array: np.ndarray) -> np.ndarray:
@@ -274,31 +272,3 @@ def _writable(name: str, array: np.ndarray) -> np.ndarray:
         )
     # asarray with order C, not ascontiguousarray, which turns a scalar into a vector.
     return np.asarray(array, dtype=little, order="C")
-
-
-def _write_atomically(
-    path: str | os.PathLike[str], parts: Sequence[bytes | memoryview]
-) -> None:
-    target = os.path.abspath(os.fspath(path))
-    folder, base = os.path.split(target)
-    temporary = os.path.join(folder, f".{base}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            for part in parts:
-                stream.write(part)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-        # The new name itself must survive a power cut, too.
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as problem:
-        raise errors.InputError(
-            f"cannot write {shown(target, 200)}: {problem.strerror}"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
