@@ -7,12 +7,13 @@ FILE is a config of your own or one of those shipped (configs/*.py), found from 
 folder. Results go to DIR, by default runs/<config>-<time>. Repeating a command with the
 same --workdir continues where it stopped. Exit code 0: done (vet: accepted, audit:
 honest, inspect: nothing found); 1: vet rejected the model, audit or inspect found
-something; 2: something you can mend, in one line.
+something; 2: something you can mend, in one line, or a bug of ours, with a traceback.
 
 Ctrl-C (SIGINT) or SIGTERM: the step at work is finished and committed, one line says
 so, and the exit code is 130 after SIGINT and 0 after SIGTERM, which is how schedulers
-ask for the machine. A run is finished when report.json is there. A second signal stops
-at once, with 128 + its number; nothing that was committed is lost by that either.
+ask for the machine; 143 where 0 would be a verdict (vet, audit, inspect). A run is
+finished when report.json is there. A second signal stops at once, with 128 + its
+number; nothing that was committed is lost by that either.
 
 On several machines, start the same command on each; in SLURM, Open MPI, Kubernetes or a
 TPU pod they find each other (launch/README.md), or stop. Elsewhere each is also given
@@ -65,8 +66,10 @@ def main(argv: Sequence[str]) -> int:
         print("nad_jax: interrupted before the run began", file=sys.stderr)
         return 130
     except Exception as error:
-        _leave_cluster(error, 1)
-        raise
+        # Python's own exit code would be 1, which is a verdict.
+        traceback.print_exc()
+        _leave_cluster(error, 2)
+        return 2
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
@@ -228,7 +231,10 @@ def _run(config: Any, path: str, how: dict[str, Any], argv: Sequence[str]) -> in
                 f"--workdir={path} goes on from there",
                 file=sys.stderr,
             )
-            return 0 if stop.number == signal.SIGTERM else 128 + signal.SIGINT
+            asked_by_scheduler = stop.number == signal.SIGTERM
+            if asked_by_scheduler and config.job not in judges:
+                return 0
+            return 128 + (stop.number or signal.SIGINT)
         finally:
             workdir.close()
     return 0
@@ -245,8 +251,6 @@ def _leave_cluster(error: Exception, exit_code: int) -> None:
 
     if isinstance(error, agreement.AgreedError) or not joining.is_joined():
         return
-    if not isinstance(error, errors.InputError):
-        traceback.print_exception(error)
     joining.abandon(exit_code)
 
 

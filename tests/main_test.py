@@ -56,6 +56,17 @@ def test_a_mistake_is_one_line(capsys, arguments, words):
         assert word in error
 
 
+def test_a_bug_is_not_a_verdict(monkeypatch, capsys, tmp_path):
+    """Python's own exit code after a traceback would say "rejected"."""
+
+    def broken(*arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main, "_run", broken)
+    assert main.main(["main", SMOKE, f"--workdir={tmp_path}"]) == 2
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
