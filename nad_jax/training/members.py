@@ -21,8 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from nad_jax import errors
-from nad_jax.data import batches
-from nad_jax.training import loop, sharding, steps
+from nad_jax.training import feeds, loop, sharding, steps
 from nad_jax.training import state as state_lib
 
 
@@ -83,7 +82,7 @@ def fit(
     orders = jax.jit(
         jax.vmap(
             functools.partial(
-                _order_of_epoch,
+                feeds.order_of_epoch,
                 num_examples=images.shape[0],
                 batch_size=batch_size,
             )
@@ -130,11 +129,6 @@ def fit(
     ], history
 
 
-def _order_of_epoch(key, epoch, *, num_examples, batch_size):
-    key = state_lib.derive_key(key, state_lib.SHUFFLE)
-    return batches.epoch_indices(key, epoch, num_examples, batch_size)
-
-
 def _compile_step(
     step_fn: steps.StepFn,
     make_batch: loop.MakeBatch,
@@ -145,7 +139,7 @@ def _compile_step(
 
     def one_step(state, indices, images, labels):
         key = state_lib.derive_key(state.key, state_lib.AUGMENT, state.step)
-        return step_fn(state, make_batch(key, images, labels, indices))
+        return step_fn(state, make_batch(key, images[indices], labels[indices]))
 
     def own_steps(state, indices, images, labels):
         if not written_out:
