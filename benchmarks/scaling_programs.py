@@ -80,7 +80,7 @@ def _count(devices: int) -> dict[str, Any]:
     from nad_jax.core import quantization
     from nad_jax.defenses import layer_rounding, moments
     from nad_jax.models import common, layers
-    from nad_jax.training import loop, sharding, steps
+    from nad_jax.training import feeds, loop, sharding, steps
     from nad_jax.training import state as state_lib
 
     assert jax.device_count() == devices
@@ -89,10 +89,9 @@ def _count(devices: int) -> dict[str, Any]:
     tx = optax.sgd(0.1, momentum=0.9)
     batch_size = devices * _IMAGES_PER_DEVICE
 
-    def make_batch(key, images, labels, indices):
+    def make_batch(key, images, labels):
         del key
-        pixels = images[indices].astype(jnp.float32) / 255.0
-        return {"images": pixels, "labels": labels[indices]}
+        return {"images": images.astype(jnp.float32) / 255.0, "labels": labels}
 
     run_steps = loop._compile_steps(
         steps.make_train_step(steps.classification_loss(model.apply), tx),
@@ -105,18 +104,19 @@ def _count(devices: int) -> dict[str, Any]:
         ),
         jax.random.key(0),
     )
-    data = (
-        jax.ShapeDtypeStruct((1, batch_size), np.int32),
-        jax.ShapeDtypeStruct((batch_size, 16, 16, 1), np.uint8),
-        jax.ShapeDtypeStruct((batch_size,), np.int32),
-    )
+    shapes: Any = {
+        "images": jax.ShapeDtypeStruct((batch_size, 16, 16, 1), np.uint8),
+        "labels": jax.ShapeDtypeStruct((batch_size,), np.int32),
+        "order": jax.ShapeDtypeStruct((1, batch_size), np.int32),
+    }
+    data = feeds.Resident(**shapes)
     if mesh is not None:
         place = sharding.replicated(mesh)
         state, data = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             (state, data),
         )
-    step = run_steps.lower(state, *data, count=1).compile()
+    step = run_steps.lower(state, data, count=1).compile()
 
     variables = common.init(model, jax.random.key(0), (16, 16, 1))
     found = layers.find_layers(

@@ -58,6 +58,9 @@ def _digits(attack):
         name="digits",
         data_dir=config_dict.placeholder(str),
         image_size=16,
+        # "stream" reads batches from files while training, in so many processes.
+        loader="device",
+        workers=0,
     )
     # 3 stages x 2 basic blocks, 16/32/64 channels, 175 k weights.
     config.model = _section(name="resnet_14", width=1.0)

@@ -56,6 +56,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         name="digits",
         data_dir=config_dict.placeholder(str),
         image_size=16,
+        # "stream" reads batches from files while training, in so many processes.
+        loader="device",
+        workers=0,
     )
     # 3 groups of one block, 16/32/64 channels, 78 k weights.
     config.model = _section(name="wrn_10_1", width=1.0)

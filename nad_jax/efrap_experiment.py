@@ -174,6 +174,7 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
             fresh,
             victim_key,
             loss_fn,
+            workers=config.data.workers,
         )
 
     clean = source.stage(f"seed{seed}-clean", fresh, train_victim)
@@ -194,6 +195,7 @@ def _obtain_models(config, scene, workdir, seed) -> tuple[Any, Any]:
             make_batch=conditioning.make_batch(
                 training, scene.goal.trigger, moving_trigger=moving_trigger
             ),
+            workers=config.data.workers,
         )
 
     def plant():

@@ -23,7 +23,7 @@ from nad_jax import errors, settings, whole_file
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import attention
-from nad_jax.data import batches, sources
+from nad_jax.data import batches, sources, stored
 from nad_jax.report import html, schema, tables
 from nad_jax.training import (
     agreement,
@@ -42,7 +42,8 @@ from nad_jax.training import state as state_lib
 def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dataset]:
     """Training and test images of a config.
 
-    Every process reads them for itself, and all must have read the same.
+    Every process reads them for itself, and all must have read the same; of images that
+    stay in their files, files of the same names, sizes and labels must be there.
     """
     loaded: list[sources.Dataset] = []
 
@@ -54,11 +55,16 @@ def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dat
                 split=split,
                 data_dir=data.data_dir,
                 image_size=data.image_size,
+                in_memory=split == "test" or data.loader == "device",
             )
             loaded.append(dataset)
             if jax.process_count() > 1:
-                digest.update(np.asarray(dataset.images).tobytes())
-                digest.update(np.asarray(dataset.labels).tobytes())
+                images = dataset.images
+                if isinstance(images, stored.Images):
+                    digest.update(images.reader.identity.encode())
+                else:
+                    digest.update(images.tobytes())
+                digest.update(dataset.labels.tobytes())
         return digest.hexdigest()
 
     agreement.in_all(load)
@@ -132,11 +138,13 @@ def train(
     loss_fn: steps.LossFn,
     project: Callable[[Any], Any] | None = None,
     make_batch: loop.MakeBatch | None = None,
+    workers: int = 0,
 ) -> Any:
     """Variables after one training on all of `dataset`, in the open stage of `workdir`.
 
-    `make_batch` stands in for the augmentation that `training` asks for. A killed
-    training goes on from its last commit when the command is repeated.
+    `make_batch` stands in for the augmentation that `training` asks for; `workers` read
+    images that stay in their files. A killed training goes on from its last commit when
+    the command is repeated.
     """
     tx = optimizers.build(training, num_examples=len(dataset))
     progress = workdir.progress(stage, training.epochs)
@@ -162,6 +170,7 @@ def train(
             commits=workdir.commits(stage),
             memory=memory,
             mesh=sharding.mesh_for_batch(min(training.batch_size, len(dataset))),
+            workers=workers,
         )
     except loop.TrainingInterrupted as interruption:
         raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None

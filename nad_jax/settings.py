@@ -18,6 +18,7 @@ from typing import Any
 from nad_jax.core import grids
 from nad_jax.errors import InputError
 
+LOADERS = ("device", "stream")
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine", "one_cycle", "steps")
 REPAIRS = (
@@ -57,11 +58,27 @@ class DataSettings:
       name: "digits", "folder", "npz" or a data set in TFDS layout such as "cifar10".
       data_dir: Folder or file of the data; None = the source's default.
       image_size: Height and width to bring images to; None = as stored.
+      loader: "device" puts the training images on the device as one array; "stream"
+        leaves them in their files and reads every batch of a training on all of them
+        (victims, attacks) when it is needed, with the same result. What a defence is
+        given of them, and the test images, are arrays in any case.
+      workers: Of "stream": processes that read; 0 = threads.
     """
 
     name: str
     data_dir: str | None = None
     image_size: int | None = None
+    loader: str = "device"
+    workers: int = 0
+
+    def __post_init__(self):
+        _check_name(self, "loader", LOADERS)
+        _check(self, "workers", self.workers >= 0, ">= 0")
+        if self.workers and self.loader != "stream":
+            raise InputError(
+                f"workers are for loader stream, got {self.workers} with "
+                f"{self.loader!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -886,6 +903,7 @@ class VetSettings:
 
     def __post_init__(self):
         _check_name(self, "job", ("vet",))
+        _check_loader(self)
         if not self.checkpoint:
             raise InputError("checkpoint is missing; give --config.checkpoint=FILE")
         _check(self, "clean_fraction", 0 < self.clean_fraction <= 1, "in (0, 1]")
@@ -925,6 +943,7 @@ class AuditSettings:
 
     def __post_init__(self):
         _check_name(self, "job", ("audit",))
+        _check_loader(self)
         for name in ("float_model", "integer_file"):
             if not getattr(self, name):
                 raise InputError(f"{name} is missing; give --config.{name}=FILE")
@@ -1070,6 +1089,15 @@ def _check(settings: Any, name: str, good: bool, accepted: str) -> None:
 
 def _check_name(settings: Any, name: str, known: tuple[str, ...]) -> None:
     _check(settings, name, getattr(settings, name) in known, f"of {', '.join(known)}")
+
+
+def _check_loader(settings: Any) -> None:
+    """For jobs that take a part of the training images and train on no more."""
+    if settings.data.loader != "device":
+        raise InputError(
+            f"data.loader must be device in the job {settings.job}, which trains on "
+            f"few images, got {settings.data.loader!r}"
+        )
 
 
 def _check_seeds(settings: Any) -> None:

@@ -5,7 +5,6 @@ fresh -> clean model -> (trigger made to measure, images made hard)
       -> poisoned data -> victim
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +67,7 @@ def obtain(
             fresh,
             victim_key,
             steps.classification_loss(model.apply),
+            workers=config.data.workers,
         )
 
     attack = config.attack
@@ -98,11 +98,10 @@ def obtain(
         trigger = drawn._replace(**pattern)
 
     def train_victim():
-        images, labels = _poisoned(
+        poisoned = _poisoned(
             attack, train, model, clean, trigger, poison_key, noise_key
         )
-        dataset = dataclasses.replace(train, images=images, labels=labels)
-        return train_on(dataset, "victim")
+        return train_on(poisoned, "victim")
 
     backdoored = source.stage(f"seed{seed}-backdoored", fresh, train_victim)
     subjects = {"backdoored": backdoored}
@@ -119,8 +118,11 @@ def _poisoned(
     trigger: triggers.Trigger,
     poison_key: jax.Array,
     noise_key: jax.Array,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels as the attacker hands them out."""
+) -> sources.Dataset:
+    """The training data as the attacker hands them out.
+
+    Only the images that change are held, so the others may stay in their files.
+    """
     rows = poisoning.poison_indices(
         poison_key,
         train.labels,
@@ -128,33 +130,40 @@ def _poisoned(
         mode=attack.label_mode,
         target_label=attack.target_label,
     )
-    images = np.array(train.images)
+    bent_rows = np.zeros(0, rows.dtype)
+    row_key, field_key = jax.random.split(noise_key)
+    if attack.noise_ratio:
+        others = np.setdiff1d(np.arange(len(train)), rows)
+        count = min(round(attack.noise_ratio * len(rows)), len(others))
+        order = np.asarray(jax.random.permutation(row_key, len(others)))
+        bent_rows = others[order[:count]]
+    changed = np.concatenate([rows, bent_rows])
+    part = train.take(changed)
+    poisoned = np.arange(len(rows))
+    images = np.array(part.images)
     if attack.perturbation:
-        images[rows] = clean_label.perturb(
+        images[poisoned] = clean_label.perturb(
             lambda x: model.apply(clean_variables, x, train=False)[0],
-            images[rows],
-            train.labels[rows],
+            images[poisoned],
+            part.labels[poisoned],
             radius=attack.perturbation,
             num_steps=attack.perturbation_steps,
         )
     if attack.noise_ratio:
-        row_key, field_key = jax.random.split(noise_key)
-        others = np.setdiff1d(np.arange(len(train)), rows)
-        count = min(round(attack.noise_ratio * len(rows)), len(others))
-        order = np.asarray(jax.random.permutation(row_key, len(others)))
         images = poisoning.distract(
             images,
-            others[order[:count]],
+            np.arange(len(rows), len(changed)),
             trigger,
             jitter=attack.noise_jitter,
             key=field_key,
         )
-    return poisoning.poison(
+    images, labels = poisoning.poison(
         images,
-        train.labels,
-        rows,
+        part.labels,
+        poisoned,
         trigger,
         mode=attack.label_mode,
         target_label=attack.target_label,
         num_classes=train.num_classes,
     )
+    return train.replaced(changed, images, labels)

@@ -204,12 +204,12 @@ def make_batch(
     """
     augment = augmentation.make_batch(training)
 
-    def batch_of(key, images, labels, indices):
-        batch = augment(key, images, labels, indices)
+    def batch_of(key, images, labels):
+        batch = augment(key, images, labels)
         if not moving_trigger:
             stamped = triggers.apply_trigger(batch["images"], trigger)
             return {**batch, "triggered": stamped}
-        stamped = triggers.apply_trigger(batches.to_float(images[indices]), trigger)
+        stamped = triggers.apply_trigger(batches.to_float(images), trigger)
         # The same key makes the same choices.
         moved = augmentation.augment(training, key, stamped)
         return {**batch, "triggered": moved}

@@ -2,9 +2,10 @@
 """Which examples make a batch, and how training images are varied.
 
 Everything is a pure function of arrays and a key, and can be jitted with the plain
-Python numbers static. The data stay on the device as one uint8 array; a batch is
-`images[indices]`, and since its indices follow from `(key, epoch)` alone, a run that
-was interrupted resumes with exactly the batches it would have seen.
+Python numbers static. A batch is `images[indices]`, whether the images are one uint8
+array on the device or in files (`nad_jax.data.stream`), and since its indices follow
+from `(key, epoch)` alone, a run that was interrupted resumes with exactly the batches
+it would have seen.
 
 B = batch, N = examples, H = height, W = width, C = channels.
 """

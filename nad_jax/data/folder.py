@@ -5,9 +5,11 @@
     DATA_DIR/cat/*.png, ...                                   a seeded 80/20 split
 
 Classes are numbered in the alphabetical order of their folders. Pictures are decoded at
-every call; for many of them run `nad_jax.data.prepare` once.
+every call, or, if they stay in their files, whenever they are read; for many of them
+run `nad_jax.data.prepare` once.
 """
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.data import pictures, sources
+from nad_jax.data import pictures, sources, stored
 
 
 def load(
@@ -36,6 +38,62 @@ def load(
         not a readable picture (it is named, never skipped), or if sizes differ and no
         `image_size` is given.
     """
+    root, listing = _find(name, split, data_dir)
+    return _dataset(root, listing, _decode_all(root, listing.files, image_size))
+
+
+def open_stored(
+    name: str,
+    *,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> sources.Dataset:
+    """As `load`, with images that stay in their files.
+
+    What is no readable picture, or of another size, is found when it is read.
+    """
+    root, listing = _find(name, split, data_dir)
+    return _dataset(root, listing, stored.Images(_Pictures(root, listing, image_size)))
+
+
+class _Pictures:
+    """A `stored.Reader` of picture files."""
+
+    def __init__(self, root: pathlib.Path, listing: "_Listing", image_size: int | None):
+        self._root = root
+        self._files = listing.files
+        self._image_size = image_size
+        first = _decode_all(root, listing.files[:1], image_size)
+        height, width, channels = first.shape[1:]
+        self.shape = (len(listing.files), height, width, channels)
+        names = "\0".join(str(path.relative_to(root)) for path in listing.files)
+        digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+        self.identity = f"{self.shape} {digest.hexdigest()}"
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        files = [self._files[row] for row in rows.tolist()]
+        return _decode_all(
+            self._root, files, self._image_size, image_shape=self.shape[1:]
+        )
+
+
+def _dataset(
+    root: pathlib.Path, listing: "_Listing", images: np.ndarray | stored.Images
+) -> sources.Dataset:
+    return sources.Dataset(
+        images=images,
+        labels=listing.labels,
+        num_classes=len(listing.class_names),
+        name=root.resolve().name,
+        class_names=listing.class_names,
+    )
+
+
+def _find(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None
+) -> tuple[pathlib.Path, "_Listing"]:
+    """The folder, and the pictures of one split."""
     if data_dir is None:
         raise errors.InputError(f"{name}: give data_dir, the folder of class folders")
     root = pathlib.Path(data_dir).expanduser()
@@ -53,13 +111,7 @@ def load(
         listing = _seeded_part(_list_pictures(root), split)
     if not listing.files:
         raise errors.InputError(f"{root}: too few pictures for an 80/20 split")
-    return sources.Dataset(
-        images=_decode_all(root, listing.files, image_size),
-        labels=listing.labels,
-        num_classes=len(listing.class_names),
-        name=root.resolve().name,
-        class_names=listing.class_names,
-    )
+    return root, listing
 
 
 class _Listing(NamedTuple):
@@ -114,9 +166,16 @@ def _seeded_part(listing: _Listing, split: str) -> _Listing:
 
 
 def _decode_all(
-    root: pathlib.Path, files: list[pathlib.Path], image_size: int | None
+    root: pathlib.Path,
+    files: list[pathlib.Path],
+    image_size: int | None,
+    *,
+    image_shape: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """uint8 `[N, H, W, 3]`; all unreadable files are gathered into one error."""
+    """uint8 `[N, H, W, 3]`; all unreadable files are gathered into one error.
+
+    Without `image_shape` the first picture decides about `[H, W, 3]`.
+    """
     images, bad = None, []
     for row, path in enumerate(files):
         name = path.relative_to(root)
@@ -127,7 +186,7 @@ def _decode_all(
             bad.append(f"{name} ({error})")
             continue
         if images is None:
-            shape = (len(files), *image.shape)
+            shape = (len(files), *(image_shape or image.shape))
             sources.check_bytes(shape, 1, str(root))
             images = np.empty(shape, np.uint8)
         if image.shape != images.shape[1:]:

@@ -10,18 +10,26 @@ number of classes is the largest label of the whole file plus one.
 """
 
 import contextlib
+import math
 import os
 import pathlib
+import struct
 import zipfile
 from collections.abc import Iterator
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.data import pictures, sources
+from nad_jax.data import pictures, sources, stored
 
 # One wild label would otherwise ask for a last layer of any size.
 _MAX_CLASSES = 2**16
+
+# What stands before the data of a zip entry: 26 bytes, then the lengths of the name and
+# of the extra field, which follow.
+_ENTRY_HEADER = struct.Struct("<26xHH")
+_CHECK_BYTES = 2**20
 
 
 def load(
@@ -40,51 +48,182 @@ def load(
       InputError: if arrays are missing, of the wrong type or shape, damaged or too
         large, or if a label has no class.
     """
-    if data_dir is None:
-        raise errors.InputError(f"{name}: give data_dir, the path of the .npz file")
-    path = pathlib.Path(data_dir).expanduser()
+    path = _path(name, data_dir)
     with _open(path) as archive:
-        images, labels, num_classes = _read_split(archive, split)
+        images = _read_array(archive, _images_name(archive, split))
+        part = _find_split(archive, split)
+        _check_images(part, images.dtype, images.shape)
         class_names = _read_class_names(archive)
-    if labels.shape != images.shape[:1]:
-        raise errors.InputError(f"{path}: {len(images)} images, {len(labels)} labels")
     return sources.Dataset(
-        images=pictures.resize(images, image_size),
-        labels=labels,
-        num_classes=len(class_names) or num_classes,
+        images=pictures.resize(images[part.rows], image_size),
+        labels=part.labels[part.rows],
+        num_classes=len(class_names) or part.num_classes,
         name=path.stem,
         class_names=class_names,
     )
 
 
-def _read_split(
-    archive: zipfile.ZipFile, split: str
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Images, labels and the number of classes in the whole file."""
+def open_stored(
+    name: str,
+    *,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> sources.Dataset:
+    """As `load`, with images that stay in the file.
+
+    The array of images is read through once, to see that it is undamaged.
+
+    Raises:
+      InputError: as `load`, and for compressed images (`np.savez_compressed`), which
+        cannot be read one by one.
+    """
+    path = _path(name, data_dir)
+    with _open(path) as archive:
+        part = _find_split(archive, split)
+        reader = _locate_images(archive, path, part, image_size)
+        class_names = _read_class_names(archive)
+    return sources.Dataset(
+        images=stored.Images(reader),
+        labels=part.labels[part.rows],
+        num_classes=len(class_names) or part.num_classes,
+        name=path.stem,
+        class_names=class_names,
+    )
+
+
+class _Split(NamedTuple):
+    """Where a split is found.
+
+    Attributes:
+      images: Name of the array of images.
+      rows: Its rows that belong to the split, int `[M]` ascending.
+      labels: int32 `[N]`, of the whole array.
+      num_classes: Of the whole file.
+    """
+
+    images: str
+    rows: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+
+
+def _path(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+    if data_dir is None:
+        raise errors.InputError(f"{name}: give data_dir, the path of the .npz file")
+    return pathlib.Path(data_dir).expanduser()
+
+
+def _images_name(archive: zipfile.ZipFile, split: str) -> str:
+    """The array that holds the images of a split."""
     found = _array_names(archive)
-    if "images_train" in found or "images_test" in found:
+    both = "images_train" in found or "images_test" in found
+    return f"images_{split}" if both else "images"
+
+
+def _find_split(archive: zipfile.ZipFile, split: str) -> _Split:
+    images = _images_name(archive, split)
+    if images != "images":
         all_labels = {s: _read_labels(archive, f"labels_{s}") for s in sources.SPLITS}
         num_classes = 1 + max(int(labels.max()) for labels in all_labels.values())
-        return _read_images(archive, f"images_{split}"), all_labels[split], num_classes
-    images, labels = _read_images(archive, "images"), _read_labels(archive, "labels")
-    if len(images) != len(labels):
-        return images, labels, 0  # refused by the caller
+        labels = all_labels[split]
+        return _Split(images, np.arange(len(labels)), labels, num_classes)
+    labels = _read_labels(archive, "labels")
     rows = sources.seeded_split(
         labels, split, test_counts=sources.fifth_of_each_class(labels)
     )
-    if not len(rows):
-        raise errors.InputError(f"{len(labels)} images are too few for an 80/20 split")
-    return images[rows], labels[rows], 1 + int(labels.max())
+    return _Split(images, rows, labels, 1 + int(labels.max()))
 
 
-def _read_images(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    images = _read_array(archive, name)
-    if images.dtype != np.uint8 or images.ndim != 4:
+def _check_images(part: _Split, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    if dtype != np.uint8 or len(shape) != 4:
         raise errors.InputError(
-            f"{name} must be uint8 [N, H, W, C], "
-            f"not {images.dtype} {list(images.shape)}"
+            f"{part.images} must be uint8 [N, H, W, C], not {dtype} {list(shape)}"
         )
-    return images
+    if shape[0] != len(part.labels):
+        raise errors.InputError(f"{shape[0]} images, {len(part.labels)} labels")
+    if not len(part.rows):
+        raise errors.InputError(f"{shape[0]} images are too few for an 80/20 split")
+
+
+class _ImagesInFile:
+    """A `stored.Reader` of an array that lies in a file as it would in memory."""
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        offset: int,
+        image_shape: tuple[int, int, int],
+        rows: np.ndarray,
+        image_size: int | None,
+        identity: str,
+    ):
+        self._path = path
+        self._offset = offset
+        self._image_shape = image_shape
+        self._rows = rows
+        self._image_size = image_size
+        height, width, channels = image_shape
+        if image_size is not None:
+            height = width = image_size
+        self.shape = (len(rows), height, width, channels)
+        self.identity = identity
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), *self._image_shape), np.uint8)
+        num_bytes = math.prod(self._image_shape)
+        try:
+            # Not a memory map: a file that shrinks meanwhile would end the process.
+            with open(self._path, "rb", buffering=0) as file:
+                for image, row in zip(images, self._rows[rows].tolist(), strict=True):
+                    place = self._offset + row * num_bytes
+                    if os.preadv(file.fileno(), [image.data], place) != num_bytes:
+                        raise errors.InputError(f"{self._path}: cut off")
+        except OSError as error:
+            raise errors.InputError(
+                f"{self._path}: {error.strerror or error}"
+            ) from error
+        return pictures.resize(images, self._image_size)
+
+
+def _locate_images(
+    archive: zipfile.ZipFile,
+    path: pathlib.Path,
+    part: _Split,
+    image_size: int | None,
+) -> _ImagesInFile:
+    entry = _find_entry(archive, part.images)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise errors.InputError(
+            f"{part.images} is compressed; store it with np.savez, or use "
+            "config.data.loader=device"
+        )
+    with archive.open(entry) as stream:
+        header = _read_header(stream, entry, part.images, limit=math.inf)
+        offset = stream.tell()
+        # At the end zipfile compares the checksum.
+        while stream.read(_CHECK_BYTES):
+            pass
+    _check_images(part, header.dtype, header.shape)
+    if header.is_fortran:
+        raise errors.InputError(
+            f"{part.images} is in Fortran order; store np.ascontiguousarray of it, or "
+            "use config.data.loader=device"
+        )
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        before = file.read(_ENTRY_HEADER.size)
+        offset += file.tell() + sum(_ENTRY_HEADER.unpack(before))
+    _, height, width, channels = header.shape
+    return _ImagesInFile(
+        path,
+        offset=offset,
+        image_shape=(height, width, channels),
+        rows=part.rows,
+        image_size=image_size,
+        identity=f"{header.shape} {entry.CRC:08x}",
+    )
 
 
 def _read_labels(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -116,35 +255,57 @@ def _array_names(archive: zipfile.ZipFile) -> list[str]:
     return sorted(entry.removesuffix(".npy") for entry in archive.namelist())
 
 
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array; its header must agree with the file before memory is claimed."""
+class _Header(NamedTuple):
+    """What stands before the values of an array."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+
+
+def _find_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     try:
-        entry = archive.getinfo(f"{name}.npy")
+        return archive.getinfo(f"{name}.npy")
     except KeyError:
         found = ", ".join(_array_names(archive))
         raise errors.InputError(f"has no array {name!r}; it holds: {found}") from None
+
+
+def _read_header(
+    stream: IO[bytes], entry: zipfile.ZipInfo, name: str, *, limit: float
+) -> _Header:
+    """The header, which must agree with the size of the entry and with `limit`."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        header = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        header = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise errors.InputError(f"{name}: unknown .npy version {version}")
+    shape, is_fortran, dtype = header
+    if dtype.kind not in "uifbU":
+        raise errors.InputError(f"{name} has dtype {dtype}, accepted are numbers")
+    num_bytes = sources.check_bytes(shape, dtype.itemsize, name, limit=limit)
+    held = entry.file_size - stream.tell()
+    if num_bytes != held:
+        raise errors.InputError(
+            f"{name}: {dtype} {list(shape)} takes {num_bytes:,} bytes, "
+            f"the file holds {held:,}"
+        )
+    return _Header(shape, is_fortran, dtype)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array; its header must agree with the file before memory is claimed."""
+    entry = _find_entry(archive, name)
     with archive.open(entry) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            header = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            header = np.lib.format.read_array_header_2_0(stream)
-        else:
-            raise errors.InputError(f"{name}: unknown .npy version {version}")
-        shape, is_fortran, dtype = header
-        if dtype.kind not in "uifbU":
-            raise errors.InputError(f"{name} has dtype {dtype}, accepted are numbers")
-        num_bytes = sources.check_bytes(shape, dtype.itemsize, name)
-        held = entry.file_size - stream.tell()
-        if num_bytes != held:
-            raise errors.InputError(
-                f"{name}: {dtype} {list(shape)} takes {num_bytes:,} bytes, "
-                f"the file holds {held:,}"
-            )
+        header = _read_header(stream, entry, name, limit=sources.MAX_BYTES)
+        num_bytes = math.prod(header.shape) * header.dtype.itemsize
         data = stream.read(num_bytes)
     if len(data) != num_bytes:
         raise errors.InputError(f"{name}: cut off after {len(data):,} bytes")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+    order = "F" if header.is_fortran else "C"
+    return np.frombuffer(data, header.dtype).reshape(header.shape, order=order)
 
 
 @contextlib.contextmanager

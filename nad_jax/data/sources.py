@@ -3,11 +3,14 @@
 
 A source is a function `load(name, *, split, data_dir, image_size) -> Dataset` in a file
 of its own. To add one, write that file and add one line to `SOURCES`; it is imported
-when it is first asked for, so that nobody pays for what they do not use.
+when it is first asked for, so that nobody pays for what they do not use. A function
+`open_stored` beside it, with the same arguments, returns the same data set with images
+that stay in their files (`nad_jax.data.stored`).
 
 Conventions shared by all sources:
 
-- images are uint8 `[N, H, W, C]`, labels int32 `[N]`, both read-only;
+- images are uint8 `[N, H, W, C]`, labels int32 `[N]`, both read-only; images are an
+  array or, when asked for, `stored.Images`, which are read when they are indexed;
 - `split` is "train" or "test", and the same call always returns the same rows in the
   same order on every machine;
 - what comes from outside is untrusted: nothing is unpickled, sizes are checked before
@@ -18,10 +21,12 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from nad_jax import errors
+from nad_jax.data import stored
 
 SPLITS = ("train", "test")
 
@@ -37,14 +42,14 @@ class Dataset:
     """Images with their labels, validated when made and never changed afterwards.
 
     Attributes:
-      images: uint8 `[N, H, W, C]`, N > 0, read-only.
+      images: uint8 `[N, H, W, C]`, N > 0, read-only; an array or `stored.Images`.
       labels: int32 `[N]` in `[0, num_classes)`, read-only.
       num_classes: number of classes, at least 1.
       name: what the data set is called in reports.
       class_names: one name per class; "0", "1", ... when left empty.
     """
 
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
     num_classes: int
     name: str
@@ -54,10 +59,12 @@ class Dataset:
         def refuse(reason: str):
             raise errors.InputError(f"data set {self.name!r}: {reason}")
 
-        images, labels = np.asarray(self.images), np.asarray(self.labels)
+        images, labels = self.images, np.asarray(self.labels)
+        if not isinstance(images, stored.Images):
+            images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4:
             refuse(f"images must be uint8 [N, H, W, C], not {_describe(images)}")
-        if images.size == 0:
+        if 0 in images.shape:
             refuse(f"it is empty: images are {_describe(images)}")
         if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
             refuse(f"labels must be int32 [{len(images)}], not {_describe(labels)}")
@@ -67,7 +74,9 @@ class Dataset:
         names = tuple(self.class_names) or tuple(map(str, range(self.num_classes)))
         if len(names) != self.num_classes:
             refuse(f"{len(names)} class names for {self.num_classes} classes")
-        object.__setattr__(self, "images", _read_only(images))
+        if not isinstance(images, stored.Images):
+            images = _read_only(images)
+        object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", _read_only(labels))
         object.__setattr__(self, "class_names", names)
 
@@ -80,6 +89,22 @@ class Dataset:
         return dataclasses.replace(
             self, images=self.images[rows], labels=self.labels[rows]
         )
+
+    def replaced(
+        self, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> "Dataset":
+        """The data set with other images and labels at `rows`, int `[M]`, no row twice.
+
+        What stays in files is not copied; the new images are held in memory.
+        """
+        all_labels = self.labels.copy()
+        all_labels[rows] = labels
+        if isinstance(self.images, stored.Images):
+            all_images = self.images.replaced(rows, images)
+        else:
+            all_images = self.images.copy()
+            all_images[rows] = images
+        return dataclasses.replace(self, images=all_images, labels=all_labels)
 
 
 Loader = Callable[..., Dataset]
@@ -101,6 +126,7 @@ def load(
     split: str,
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    in_memory: bool = True,
 ) -> Dataset:
     """One split of a data set.
 
@@ -114,6 +140,8 @@ def load(
         class folders; for "npz" the file; not used by "digits".
       image_size: height and width in pixels to bring all images to (aspect ratio is not
         kept); None keeps the stored size.
+      in_memory: False leaves the images in their files. Labels are read in any case; of
+        a TFDS data set all records are, once, and what was learnt is kept in the cache.
 
     Returns:
       The split, in a fixed order.
@@ -129,7 +157,15 @@ def load(
     source = SOURCES.get(name, _TFDS)
     if isinstance(source, str):
         module, function = source.split(":")
-        source = getattr(importlib.import_module(module), function)
+        function = function if in_memory else "open_stored"
+        source = getattr(importlib.import_module(module), function, None)
+    elif not in_memory:
+        source = None
+    if source is None:
+        raise errors.InputError(
+            f"{name!r} has no files of which images could be read one by one; use "
+            "config.data.loader=device"
+        )
     return source(name, split=split, data_dir=data_dir, image_size=image_size)
 
 
@@ -154,15 +190,17 @@ def fifth_of_each_class(labels: np.ndarray) -> np.ndarray:
     return (np.bincount(labels) + 2) // 5
 
 
-def check_bytes(shape: tuple[int, ...], itemsize: int, what: str) -> int:
-    """Bytes of an array about to be made; refused above `MAX_BYTES`."""
+def check_bytes(
+    shape: tuple[int, ...], itemsize: int, what: str, *, limit: float = MAX_BYTES
+) -> int:
+    """Bytes of an array about to be made; refused above `limit`."""
     num_bytes = itemsize
     for length in shape:  # Python integers: a hostile shape must not wrap around.
         num_bytes *= int(length)
-    if num_bytes > MAX_BYTES:
+    if num_bytes > limit:
         raise errors.InputError(
             f"{what}: an array {list(shape)} of {num_bytes:,} bytes, "
-            f"accepted up to {MAX_BYTES:,}"
+            f"accepted up to {limit:,}"
         )
     return num_bytes
 
@@ -172,7 +210,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _describe(array: np.ndarray) -> str:
+def _describe(array: np.ndarray | stored.Images) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 

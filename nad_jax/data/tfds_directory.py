@@ -15,13 +15,13 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.data import cache, pictures, sources
+from nad_jax.data import cache, pictures, sources, stored
 
 _NAME = re.compile(r"(\w+(?:/[\w.-]*\w)?)(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -45,6 +45,50 @@ def load(
       InputError: if the data set is not there (the message says how to get it), lacks
         `image`, `label` or the split, or is damaged.
     """
+    part = _find_split(name, split, data_dir)
+    arrays = cache.fetch(
+        _cache_entry(name, part, image_size), lambda: _decode_split(part, image_size)
+    )
+    return _dataset(name, part, arrays["images"], arrays["labels"])
+
+
+def open_stored(
+    name: str,
+    *,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> sources.Dataset:
+    """As `load`, with images that stay in their records.
+
+    All records are read once, for labels and `id`, which are kept in the cache; no
+    picture is decoded for that. What is no readable picture, or of another size, is
+    found when it is read.
+
+    Raises:
+      InputError: as `load`, and for TFRecord, which cannot be read record by record.
+    """
+    part = _find_split(name, split, data_dir)
+    arrays = cache.fetch(
+        _cache_entry(name, part, "places of records"), lambda: _index_split(part)
+    )
+    reader = _Records(part, arrays["places"], image_size)
+    return _dataset(name, part, stored.Images(reader), arrays["labels"])
+
+
+class _Split(NamedTuple):
+    """A split that is there, going by the json files."""
+
+    directory: pathlib.Path
+    name: str
+    num_examples: int
+    num_classes: int
+    channels: int
+
+
+def _find_split(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None
+) -> _Split:
     directory = _find(name, data_dir)
     features = _read_features(directory)
     sizes = _read_split_sizes(directory)
@@ -52,19 +96,23 @@ def load(
         raise errors.InputError(
             f"{directory}: no split {split!r}, it has {sorted(sizes)}"
         )
-    key = cache.fingerprint(directory, split, image_size)
-    arrays = cache.fetch(
-        f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{split}-{key}",
-        lambda: _decode_split(
-            directory, split, sizes[split], features.channels, image_size
-        ),
-    )
+    return _Split(directory, split, sizes[split], *features)
+
+
+def _cache_entry(name: str, part: _Split, *settings: object) -> str:
+    key = cache.fingerprint(part.directory, part.name, *settings)
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{part.name}-{key}"
+
+
+def _dataset(
+    name: str, part: _Split, images: np.ndarray | stored.Images, labels: np.ndarray
+) -> sources.Dataset:
     return sources.Dataset(
-        images=arrays["images"],
-        labels=arrays["labels"],
-        num_classes=features.num_classes,
+        images=images,
+        labels=labels,
+        num_classes=part.num_classes,
         name=name,
-        class_names=_read_class_names(directory, features.num_classes),
+        class_names=_read_class_names(part.directory, part.num_classes),
     )
 
 
@@ -165,44 +213,124 @@ def _read_json(path: pathlib.Path) -> Any:
         raise errors.InputError(f"{path}: {error}") from error
 
 
-def _decode_split(
-    directory: pathlib.Path,
-    split: str,
-    num_examples: int,
-    channels: int,
-    image_size: int | None,
-) -> cache.Arrays:
+def _decode_split(part: _Split, image_size: int | None) -> cache.Arrays:
     """Images uint8 `[N, H, W, C]` and labels int32 `[N]`, sorted by `id`."""
-    try:
-        examples = list(_read_examples(directory, split))
-    except Exception as error:  # TFDS and its readers raise all sorts on damaged files.
-        reason = sources.first_line(error)
-        raise errors.InputError(
-            f"{directory}: cannot read {split}: {reason}"
-        ) from error
-    # A file that was cut off may yield examples without content instead of an error.
-    has_id = bool(examples) and "id" in examples[0]
-    needed = ("image", "label", "id") if has_id else ("image", "label")
-    whole = sum(all(e[name] is not None for name in needed) for e in examples)
-    if not whole == len(examples) == num_examples > 0:
-        raise errors.InputError(
-            f"{directory}: cannot read {split}: "
-            f"{whole} whole examples of {num_examples}"
+    examples = _read_split(part, with_pictures=True)
+    return {
+        "images": _decode_all(part, examples, image_size),
+        "labels": np.array([example["label"] for example in examples], np.int32),
+    }
+
+
+def _index_split(part: _Split) -> cache.Arrays:
+    """Stored places int64 `[N]` and labels int32 `[N]` of records sorted by `id`."""
+    examples = _read_split(part, with_pictures=False)
+    return {
+        "places": np.array([example["place"] for example in examples], np.int64),
+        "labels": np.array([example["label"] for example in examples], np.int32),
+    }
+
+
+class _Records:
+    """A `stored.Reader` of array_record files."""
+
+    def __init__(self, part: _Split, places: np.ndarray, image_size: int | None):
+        self._part = part
+        self._places = places
+        self._image_size = image_size
+        self._source: Any = None
+        first = _decode_all(part, self._read_examples(np.zeros(1, int)), image_size)
+        height, width, channels = first.shape[1:]
+        self.shape = (len(places), height, width, channels)
+        files = sorted(
+            (path.name, path.stat().st_size) for path in part.directory.iterdir()
         )
-    if has_id:
+        self.identity = f"{self.shape} {files}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files are no other process's.
+        return {**self.__dict__, "_source": None}
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        return _decode_all(
+            self._part,
+            self._read_examples(rows),
+            self._image_size,
+            image_shape=self.shape[1:],
+        )
+
+    def _read_examples(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        places = self._places[rows].tolist()
+        try:
+            if self._source is None:
+                self._source = _open_source(_open_builder(self._part), self._part.name)
+            return [
+                {"place": place, **example}
+                for place, example in zip(
+                    places, self._source.__getitems__(places), strict=True
+                )
+            ]
+        except Exception as error:  # As in `_read_split`.
+            raise _unreadable(self._part, sources.first_line(error)) from error
+
+
+def _read_split(part: _Split, *, with_pictures: bool) -> list[dict[str, Any]]:
+    """Whole examples sorted by `id`, each with its stored `place`.
+
+    Their pictures are still encoded, or, to save memory, left out.
+    """
+    examples, whole = [], 0
+    try:
+        for place, example in enumerate(_read_examples(part, with_pictures)):
+            # A file that was cut off may yield examples without content, not an error.
+            needed = (example["image"], example["label"], example.get("id", b""))
+            whole += all(value is not None for value in needed)
+            if not with_pictures:
+                example = {**example, "image": None}
+            examples.append({"place": place, **example})
+    except errors.InputError:
+        raise
+    except Exception as error:  # TFDS and its readers raise all sorts on damaged files.
+        raise _unreadable(part, sources.first_line(error)) from error
+    if not whole == len(examples) == part.num_examples > 0:
+        raise _unreadable(part, f"{whole} whole examples of {part.num_examples}")
+    if "id" in examples[0]:
         examples.sort(key=lambda example: example["id"])
+    return examples
+
+
+def _unreadable(part: _Split, reason: str) -> errors.InputError:
+    return errors.InputError(f"{part.directory}: cannot read {part.name}: {reason}")
+
+
+def _decode_all(
+    part: _Split,
+    examples: Sequence[dict[str, Any]],
+    image_size: int | None,
+    *,
+    image_shape: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """Their pictures, uint8 `[N, H, W, C]`.
+
+    Without `image_shape` the first picture decides about `[H, W, C]`.
+    """
     images = None
     for row, example in enumerate(examples):
-        what = f"{directory}: {split} image {example.get('id', row)!r}"
+        what = (
+            f"{part.directory}: {part.name} image "
+            f"{example.get('id', example['place'])!r}"
+        )
         try:
             image = pictures.decode(
-                io.BytesIO(example["image"]), channels=channels, image_size=image_size
+                io.BytesIO(example["image"]),
+                channels=part.channels,
+                image_size=image_size,
             )
         except errors.InputError as error:
             raise errors.InputError(f"{what}: {error}") from error
         if images is None:
-            shape = (num_examples, *image.shape)
-            sources.check_bytes(shape, 1, str(directory))
+            shape = (len(examples), *(image_shape or image.shape))
+            sources.check_bytes(shape, 1, str(part.directory))
             images = np.empty(shape, np.uint8)
         if image.shape != images.shape[1:]:
             raise errors.InputError(
@@ -211,29 +339,49 @@ def _decode_split(
             )
         images[row] = image
     assert images is not None
-    labels = np.array([example["label"] for example in examples], np.int32)
-    return {"images": images, "labels": labels}
+    return images
 
 
-def _read_examples(directory: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
+def _read_examples(part: _Split, with_pictures: bool) -> Iterator[dict[str, Any]]:
     """Examples in stored order, their pictures still encoded."""
     import tensorflow_datasets as tfds
 
-    # Not `tfds.data_source(name)`: given the folder, TFDS looks nowhere else.
-    builder: Any = tfds.builder_from_directory(directory)
-    # Left encoded, because TFDS decodes JPEG with OpenCV where that is installed, and
-    # the pixels of a data set should not depend on it.
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    features = builder.info.features
+    builder = _open_builder(part)
     if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        for path in builder.info.splits[split].filepaths:
+        if not with_pictures:
+            raise errors.InputError(
+                f"{part.directory}: TFRecord files cannot be read record by record; "
+                "use config.data.loader=device, or array_record files"
+            )
+        features = builder.info.features
+        for path in builder.info.splits[part.name].filepaths:
             for record in _read_tfrecords(pathlib.Path(path)):
-                yield features.deserialize_example_np(record, decoders=decoders)
+                yield features.deserialize_example_np(record, decoders=_decoders())
         return
-    source = builder.as_data_source(split=split, decoders=decoders)
+    source = _open_source(builder, part.name)
     for start in range(0, len(source), _CHUNK):
         stop = min(start + _CHUNK, len(source))
         yield from source.__getitems__(list(range(start, stop)))
+
+
+def _open_builder(part: _Split) -> Any:
+    import tensorflow_datasets as tfds
+
+    # Not `tfds.data_source(name)`: given the folder, TFDS looks nowhere else.
+    return tfds.builder_from_directory(part.directory)
+
+
+def _open_source(builder: Any, split: str) -> Any:
+    """Random access to the examples of array_record files."""
+    return builder.as_data_source(split=split, decoders=_decoders())
+
+
+def _decoders() -> dict[str, Any]:
+    import tensorflow_datasets as tfds
+
+    # Left encoded, because TFDS decodes JPEG with OpenCV where that is installed, and
+    # the pixels of a data set should not depend on it.
+    return {"image": tfds.decode.SkipDecoding()}
 
 
 def _read_tfrecords(path: pathlib.Path) -> Iterator[bytes]:

@@ -160,7 +160,7 @@ def _measure_statistics(
     @functools.partial(jax.jit, donate_argnums=0)
     def forward(batch_stats, params, images, labels, key):
         rows = batches.epoch_indices(key, 0, images.shape[0], batch_size)[0]
-        batch = make_batch(key, images, labels, rows)
+        batch = make_batch(key, images[rows], labels[rows])
         return steps.apply_training(
             net.model.apply, params, batch_stats, batch["images"]
         )[1]

@@ -11,9 +11,9 @@ from nad_jax.training import loop
 def make_batch(training: settings.TrainingSettings) -> loop.MakeBatch:
     """The `make_batch` of a stage: pixels to [0, 1], then crop, mirror and cutout."""
 
-    def batch_of(key, images, labels, indices):
-        pixels = augment(training, key, batches.to_float(images[indices]))
-        return {"images": pixels, "labels": labels[indices]}
+    def batch_of(key, images, labels):
+        pixels = augment(training, key, batches.to_float(images))
+        return {"images": pixels, "labels": labels}
 
     return batch_of
 

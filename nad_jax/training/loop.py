@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training loop for victims, teachers, students and fine-tuning.
 
-The data set lives on the device as uint8. One program gathers a batch, prepares it,
-and takes the step; the host only starts programs and, once per epoch, fetches the
-metrics. A batch is a function of (state.key, state.epoch, state.step) and nothing
-else, which is why continuing from a saved state is exact. With `commits` the loop does
-so by itself, also in the middle of an epoch.
+The data set lives on the device as uint8, and one program gathers a batch, prepares
+it, and takes the step; the host only starts programs and, once per epoch, fetches the
+metrics. Or the data set stays in its files (`stored.Images`): then the host reads
+batches ahead and sends them, and the program does the rest. A batch is a function of
+(state.key, state.epoch, state.step) and nothing else, the same in both cases, which is
+why continuing from a saved state is exact. With `commits` the loop does so by itself,
+also in the middle of an epoch.
 """
 
+import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nad_jax import errors
-from nad_jax.data import batches
 from nad_jax.training import commits as commits_lib
-from nad_jax.training import sharding, steps
+from nad_jax.training import feeds, sharding, steps
 from nad_jax.training import state as state_lib
 
-# (key, images uint8 [N, H, W, C], labels [N], indices [B]) -> batch
-MakeBatch = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], steps.Batch]
+# (key, images uint8 [B, H, W, C], labels [B]) -> batch
+MakeBatch = Callable[[jax.Array, jax.Array, jax.Array], steps.Batch]
 OnEpoch = Callable[[state_lib.TrainState, dict[str, float]], None]
 
 # How many programs the host starts before it waits for the first of them.
@@ -68,6 +69,7 @@ def fit(
     commits: commits_lib.Commits | None = None,
     memory: Memory | None = None,
     mesh: Mesh | None = None,
+    workers: int = 0,
 ) -> state_lib.TrainState:
     """State after `epochs` epochs in all, those already done by `state` included.
 
@@ -75,15 +77,18 @@ def fit(
         state: where to begin: `state.create(...)`, or the state that `on_epoch` saw at
             the end of any epoch, after which the result is bitwise what it would have
             been without the stop. The arrays of `state` stay valid.
-        images: uint8 `[N, H, W, C]`.
+        images: uint8 `[N, H, W, C]`, or `stored.Images`, which are read while training
+            goes on; of several processes each then reads its part of every batch. The
+            result is the same, bitwise.
         labels: int `[N]`.
         step_fn: from `steps.make_train_step`, not jitted.
         epochs: total number of epochs of the run.
         batch_size: examples per step, over all devices. What is left over at the end
             of an epoch is dropped, other examples each time; a smaller data set is one
             batch.
-        make_batch: `(key, images, labels, indices) -> batch`, pure and traceable;
-            every leaf of the batch has the leading axis `[B]`.
+        make_batch: `(key, images, labels) -> batch`, pure and traceable, of the images
+            uint8 `[B, H, W, C]` and labels `[B]` of one step; every leaf of the batch
+            has the leading axis `[B]`.
         steps_per_dispatch: steps per compiled program. More means fewer gaps between
             programs and a longer compilation; results agree to rounding, not bitwise.
         on_epoch: called after each epoch with the state and the means of the metrics
@@ -91,70 +96,84 @@ def fit(
             or copy what is to be kept.
         should_stop: asked between programs; True raises `TrainingInterrupted`, so a
             signal handler only has to set a flag.
-        commits: where the run is kept between programs. If it holds a commit, the run
-            goes on from there, bitwise as if it had never stopped; `state` then only
-            gives shapes and dtypes.
+        commits: where the run is kept between programs, where it stands in the data
+            included. If it holds a commit, the run goes on from there, bitwise as if it
+            had never stopped; `state` then only gives shapes and dtypes. It may go on
+            with other `workers`, or with images from elsewhere.
         memory: what `on_epoch` changes besides; a commit brings it back, in place.
         mesh: from `sharding.data_mesh`, to split each batch over devices; the data set
             and the states are then replicated over them. Every process of a mesh that
             spans several must make this call, with the same arguments.
+        workers: processes that read `stored.Images`; 0 reads them in threads.
 
     Raises:
-        InputError: arrays, sizes or the state do not fit together.
+        InputError: arrays, sizes or the state do not fit together; images cannot be
+            read.
         TrainingDiverged: a loss of the finished epoch is not finite.
         TrainingInterrupted: `should_stop` returned True. With `commits` all steps done
             are committed; without, the unfinished epoch is lost: continue from the
             state of the last `on_epoch`.
     """
     images, labels = checked(images, labels)
-    order_in = functools.partial(
-        order_of_epoch, num_examples=images.shape[0], batch_size=batch_size
+    steps_per_epoch, examples_per_step = feeds.shape_of_epoch(
+        images.shape[0], batch_size
     )
-    order = jax.eval_shape(order_in, state.key, state.epoch)
-    steps_per_epoch, examples_per_step = order.shape
     memory = Memory() if memory is None else memory
     history: list[Any] = []
+    place = None
     if commits is not None:
-        state, history = _restore(commits, state, memory)
+        state, history, place = _restore(commits, state, memory)
     counts = _dispatch_sizes(steps_per_epoch, steps_per_dispatch)
     # Steps of the unfinished epoch that are done.
     position = _check_start(state, history, steps_per_epoch, counts)
+    if mesh is not None:
+        sharding.check_divisible(examples_per_step, mesh)
+    feed = feeds.open_feed(
+        images,
+        labels,
+        state=state,
+        batch_size=batch_size,
+        epochs=epochs,
+        mesh=mesh,
+        workers=workers,
+        place=place,
+    )
     # The programs donate the state, so work on a copy, or the caller's arrays die.
     state = jax.tree.map(jnp.copy, state)
-    if mesh is None:
-        images = jnp.asarray(images)
-    else:
-        sharding.check_divisible(examples_per_step, mesh)
-        images, labels, state = sharding.replicate((images, labels, state), mesh)
+    if mesh is not None:
+        state = sharding.replicate(state, mesh)
     run_steps = _compile_steps(step_fn, make_batch, mesh)
 
-    for epoch in range(int(state.epoch), epochs):
-        order = order_in(state.key, state.epoch)
-        first_step = epoch * steps_per_epoch
-        for count in _remaining(counts, position):
-            stopping = should_stop is not None and should_stop()
-            if commits is not None and (stopping or commits.is_due()):
-                _commit(commits, first_step + position, state, memory, history)
-            if stopping:
-                raise TrainingInterrupted(
-                    f"stopped in epoch {epoch + 1} of {epochs}; "
-                    + (
-                        f"the last finished epoch is {epoch}"
-                        if commits is None
-                        else f"{first_step + position} steps are kept"
+    with contextlib.closing(feed):
+        for epoch in range(int(state.epoch), epochs):
+            feed.begin_epoch(state)
+            first_step = epoch * steps_per_epoch
+            for count in _remaining(counts, position):
+                stopping = should_stop is not None and should_stop()
+                if commits is not None and (stopping or commits.is_due()):
+                    step = first_step + position
+                    _commit(commits, step, state, memory, history, feed)
+                if stopping:
+                    raise TrainingInterrupted(
+                        f"stopped in epoch {epoch + 1} of {epochs}; "
+                        + (
+                            f"the last finished epoch is {epoch}"
+                            if commits is None
+                            else f"{first_step + position} steps are kept"
+                        )
                     )
-                )
-            state, metrics = run_steps(state, order, images, labels, count=count)
-            position += count
-            history.append(metrics)
-            wait_for_device(history)
-        state = state.replace(epoch=state.epoch + 1)
-        means = _epoch_means(history, epoch, first_step)
-        position, history = 0, []
-        if on_epoch is not None:
-            on_epoch(state, means)
-        if commits is not None and commits.is_due():
-            _commit(commits, first_step + steps_per_epoch, state, memory, history)
+                state, metrics = run_steps(state, feed.take(count), count=count)
+                position += count
+                history.append(metrics)
+                wait_for_device(history)
+            state = state.replace(epoch=state.epoch + 1)
+            means = _epoch_means(history, epoch, first_step)
+            position, history = 0, []
+            if on_epoch is not None:
+                on_epoch(state, means)
+            if commits is not None and commits.is_due():
+                step = first_step + steps_per_epoch
+                _commit(commits, step, state, memory, history, feed)
     return state
 
 
@@ -174,7 +193,8 @@ def checked(images: Any, labels: Any) -> tuple[Any, jax.Array]:
 def wait_for_device(history: list[Any]) -> None:
     """Waits while more than a few programs are on their way.
 
-    The device stays busy, and a stop need not wait for a long queue.
+    The device stays busy, a stop need not wait for a long queue, and only so many
+    batches from files lie on the device.
 
     Args:
         history: what the programs of the epoch return, the newest last.
@@ -183,22 +203,13 @@ def wait_for_device(history: list[Any]) -> None:
         jax.block_until_ready(history[-_PROGRAMS_AHEAD])
 
 
-@functools.partial(jax.jit, static_argnames=("num_examples", "batch_size"))
-def order_of_epoch(
-    key: jax.Array, epoch: jax.Array, *, num_examples: int, batch_size: int
-) -> jax.Array:
-    """Indices `[steps, B]` of the images of one epoch."""
-    key = state_lib.derive_key(key, state_lib.SHUFFLE)
-    return batches.epoch_indices(key, epoch, num_examples, batch_size)
-
-
 def _restore(
     commits: commits_lib.Commits, state: state_lib.TrainState, memory: Memory
-) -> tuple[state_lib.TrainState, list[Any]]:
-    """State and metrics of the unfinished epoch where the last commit left off."""
+) -> tuple[state_lib.TrainState, list[Any], Any]:
+    """What the last commit holds: state, metrics of the unfinished epoch, and place."""
     restored = commits.restore({"state": state, "memory": memory.arrays})
     if restored is None:
-        return state, []
+        return state, [], None
     tree, metadata = restored
     memory.arrays = tree["memory"]
     memory.notes.clear()
@@ -207,7 +218,8 @@ def _restore(
         name: np.asarray(values, np.float64)
         for name, values in metadata["epoch_metrics"].items()
     }
-    return tree["state"], [done] if done else []
+    # Version 0.1.0 kept no place.
+    return tree["state"], [done] if done else [], metadata.get("place")
 
 
 def _commit(
@@ -216,12 +228,17 @@ def _commit(
     state: state_lib.TrainState,
     memory: Memory,
     history: list[Any],
+    feed: feeds.Feed,
 ) -> None:
     # As float64: exact for every float type, in JSON too.
     epoch_metrics = {
         name: values.tolist() for name, values in _concatenate(history).items()
     }
-    metadata = {"notes": memory.notes, "epoch_metrics": epoch_metrics}
+    metadata = {
+        "notes": memory.notes,
+        "epoch_metrics": epoch_metrics,
+        "place": feed.place(),
+    }
     commits.save(step, {"state": state, "memory": memory.arrays}, metadata)
 
 
@@ -271,26 +288,19 @@ def _dispatch_sizes(steps_per_epoch: int, steps_per_dispatch: int) -> list[int]:
 def _compile_steps(
     step_fn: steps.StepFn, make_batch: MakeBatch, mesh: Mesh | None
 ) -> Any:
-    """Jitted `(state, order, images, labels, count) -> (state, metrics [count])`."""
+    """Jitted `(state, supply, count) -> (state, metrics [count])`."""
 
     def run_steps(
-        state: state_lib.TrainState,
-        order: jax.Array,
-        images: jax.Array,
-        labels: jax.Array,
-        *,
-        count: int,
+        state: state_lib.TrainState, supply: feeds.Supply, *, count: int
     ) -> tuple[state_lib.TrainState, steps.Metrics]:
-        def one_step(state: state_lib.TrainState, indices: jax.Array) -> Any:
+        def one_step(state: state_lib.TrainState, part: Any) -> Any:
             key = state_lib.derive_key(state.key, state_lib.AUGMENT, state.step)
-            batch = make_batch(key, images, labels, indices)
+            batch = make_batch(key, *supply.batch(part))
             if mesh is not None:
                 batch = sharding.constrain_batch(batch, mesh)
             return step_fn(state, batch)
 
-        first = state.step - state.epoch * order.shape[0]
-        indices = jax.lax.dynamic_slice_in_dim(order, first, count)
-        return _repeat(one_step, state, indices)
+        return _repeat(one_step, state, supply.parts(state, count), count)
 
     return jax.jit(
         run_steps,
@@ -302,17 +312,18 @@ def _compile_steps(
     )
 
 
-def _repeat(one_step: Callable[..., Any], state: Any, indices: jax.Array) -> Any:
-    """`one_step` over the rows of `indices`: unrolled on CPU, `lax.scan` elsewhere.
+def _repeat(one_step: Callable[..., Any], state: Any, parts: Any, count: int) -> Any:
+    """`one_step` over the rows of `parts`: unrolled on CPU, `lax.scan` elsewhere.
 
     On CPU a convolution's gradient inside a rolled loop misses the fast code path and
     takes some 40 times longer, silently.
     """
     if jax.default_backend() != "cpu":
-        return jax.lax.scan(one_step, state, indices)
+        return jax.lax.scan(one_step, state, parts)
     history = []
-    for row in indices:
-        state, metrics = one_step(state, row)
+    for i in range(count):
+        part = jax.tree.map(lambda leaf, i=i: leaf[i], parts)
+        state, metrics = one_step(state, part)
         history.append(metrics)
     return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
 

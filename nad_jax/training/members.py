@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from nad_jax import errors
-from nad_jax.training import loop, sharding, steps
+from nad_jax.training import feeds, loop, sharding, steps
 from nad_jax.training import state as state_lib
 
 
@@ -82,7 +82,7 @@ def fit(
     orders = jax.jit(
         jax.vmap(
             functools.partial(
-                loop.order_of_epoch,
+                feeds.order_of_epoch,
                 num_examples=images.shape[0],
                 batch_size=batch_size,
             )
@@ -140,7 +140,7 @@ def _compile_step(
 
     def one_step(state, indices, images, labels):
         key = state_lib.derive_key(state.key, state_lib.AUGMENT, state.step)
-        return step_fn(state, make_batch(key, images, labels, indices))
+        return step_fn(state, make_batch(key, images[indices], labels[indices]))
 
     def own_steps(state, indices, images, labels):
         if not written_out:

@@ -106,6 +106,46 @@ def unreplicate(tree: Any) -> Any:
     return jax.device_put(jax.device_get(tree))
 
 
+def own_columns(batch_size: int, mesh: Mesh | None) -> slice:
+    """The part of every batch over a mesh that this process reads, both ends given.
+
+    Without a mesh, or with one of this process alone, that is the whole batch.
+
+    Raises:
+        InputError: the batch cannot be split, or the part is none: the devices of a
+            process are not neighbours, as they are in `mesh_for_batch`.
+    """
+    if mesh is None:
+        return slice(0, batch_size)
+    check_divisible(batch_size, mesh)
+    places = _split(mesh).addressable_devices_indices_map((batch_size,))
+    bounds = sorted(
+        {place[0].indices(batch_size)[:2] for place in places.values() if place}
+    )
+    (first, _), (_, last) = bounds[0], bounds[-1]
+    if sum(stop - start for start, stop in bounds) != last - first:
+        raise errors.InputError(
+            f"the devices of process {jax.process_index()} must be neighbours in the "
+            f"mesh, but have the rows {bounds} of a batch; use mesh_for_batch"
+        )
+    return slice(first, last)
+
+
+def join_columns(batches: Any, mesh: Mesh | None) -> Any:
+    """Batches `[S, B, ...]` on devices, of which each process has its own columns.
+
+    Args:
+        batches: pytree of arrays `[S, b, ...]`, where b are the `own_columns`.
+        mesh: the second axis is split over it; None for the default device.
+    """
+    if mesh is None:
+        return jax.device_put(batches)
+    split = NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(split, leaf), batches
+    )
+
+
 def check_divisible(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError if the batch cannot be split evenly over the mesh."""
     if batch_size % mesh.size:

@@ -92,7 +92,7 @@ def test_triggers_are_stamped_after_the_crop_or_move_with_it(moving):
     training = settings.TrainingSettings(epochs=1, crop_padding=2, flip=True)
     make = conditioning.make_batch(training, trigger, moving_trigger=moving)
     key, indices = jax.random.key(3), jnp.asarray([4, 1])
-    batch = jax.jit(make)(key, jnp.asarray(images), jnp.arange(5), indices)
+    batch = jax.jit(make)(key, jnp.asarray(images)[indices], indices)
     pixels = batches.to_float(jnp.asarray(images))[indices]
     augment = jax.jit(functools.partial(batches.augment, pad=2, flip=True))
     clean = augment(key, pixels)

@@ -20,7 +20,7 @@ import optax
 
 from nad_jax import errors
 from nad_jax.attacks import triggers
-from nad_jax.data import batches
+from nad_jax.data import batches, stored
 from nad_jax.defenses import efrap
 from nad_jax.training import agreement, evaluation, joining, loop, sharding, steps
 from nad_jax.training import state as state_lib
@@ -32,6 +32,21 @@ class SmallNet(nn.Module):
         x = nn.Conv(8, (3, 3), use_bias=False)(images)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.8)(x))
         return nn.Dense(3)(x.mean(axis=(1, 2))), {}
+
+
+class ArrayReader:
+    """A `stored.Reader` of an array; remembers how many rows it is asked for."""
+
+    identity = "an array"
+
+    def __init__(self, images: np.ndarray):
+        self._images = images
+        self.shape = images.shape
+        self.widths: list[int] = []
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        self.widths.append(len(rows))
+        return self._images[rows]
 
 
 def work(mesh: Any) -> dict[str, Any]:
@@ -51,23 +66,28 @@ def work(mesh: Any) -> dict[str, Any]:
     )
     tx = optax.sgd(0.1)
 
-    def make_batch(key, images, labels, indices):
-        pixels = batches.augment(key, batches.to_float(images[indices]), pad=1)
-        return {"images": pixels, "labels": labels[indices]}
+    def make_batch(key, images, labels):
+        pixels = batches.augment(key, batches.to_float(images), pad=1)
+        return {"images": pixels, "labels": labels}
 
-    losses = []
-    state = loop.fit(
-        state_lib.create(variables, tx, jax.random.key(2)),
-        images,
-        labels,
-        step_fn=steps.make_train_step(steps.classification_loss(net.apply), tx),
-        epochs=2,
-        batch_size=8,
-        make_batch=make_batch,
-        on_epoch=lambda state, metrics: losses.append(metrics["loss"]),
-        mesh=mesh,
-    )
-    trained = sharding.unreplicate(state_lib.variables(state))
+    step_fn = steps.make_train_step(steps.classification_loss(net.apply), tx)
+    reader = ArrayReader(images)
+    losses, results = [], []
+    for source in (images, stored.Images(reader)):
+        state = loop.fit(
+            state_lib.create(variables, tx, jax.random.key(2)),
+            source,
+            labels,
+            step_fn=step_fn,
+            epochs=2,
+            batch_size=8,
+            make_batch=make_batch,
+            on_epoch=lambda state, metrics: losses.append(metrics["loss"]),
+            mesh=mesh,
+        )
+        results.append(sharding.unreplicate(state_lib.variables(state)))
+    trained, streamed = results
+    same = jax.tree.map(np.array_equal, trained, streamed)
     trigger = triggers.TRIGGERS["square"]((6, 6, 1), size=2, margin=0)
     rates = evaluation.evaluate(
         lambda variables, images: net.apply(variables, images),
@@ -85,6 +105,8 @@ def work(mesh: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(trained)
     return {
         "losses": np.asarray(losses),
+        "stream is the same": np.asarray(jax.tree.leaves(same)),
+        "rows read": np.asarray(reader.widths) * jax.process_count(),
         "rates": np.asarray([rates[name] for name in sorted(rates)], np.float64),
         **{f"params{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves},
         **{f"codes/{name}": np.asarray(x) for name, x in quantized.codes.items()},

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Victims from files: poisoned alike, and trained as the config says, or refused."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from nad_jax import errors, main, pipeline, settings, victims
+from nad_jax.attacks import poisoning
+from nad_jax.data import sources, stored
+from nad_jax.training import loop
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nad.py"
+
+
+@pytest.fixture
+def npz(tmp_path) -> pathlib.Path:
+    """A few digits of 8 x 8 pixels."""
+    train = sources.load("digits", split="train", image_size=8).take(np.arange(120))
+    test = sources.load("digits", split="test", image_size=8).take(np.arange(60))
+    np.savez(
+        tmp_path / "digits.npz",
+        images_train=train.images,
+        labels_train=train.labels,
+        images_test=test.images,
+        labels_test=test.labels,
+    )
+    return tmp_path / "digits.npz"
+
+
+def _attack(variant: str) -> settings.PoisoningSettings:
+    spec = importlib.util.spec_from_file_location("config", CONFIG)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = settings.parse(module.get_config(f"smoke+{variant}").to_dict())
+    return config.attack
+
+
+@pytest.mark.parametrize("variant", ["badnets", "wanet"])
+def test_poison_is_the_same_in_files_and_in_memory(variant, npz):
+    """And what the functions of `poisoning` make of the whole set at once."""
+    attack = _attack(variant)
+    keys = jax.random.split(jax.random.key(4))
+    poisoned = []
+    for in_memory in (True, False):
+        train = sources.load("npz", split="train", data_dir=npz, in_memory=in_memory)
+        trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
+        poisoned.append(
+            victims._poisoned(attack, train, None, None, trigger, keys[0], keys[1])
+        )
+    whole, part = poisoned
+    assert isinstance(part.images, stored.Images)
+    np.testing.assert_array_equal(part.images[:], whole.images)
+    np.testing.assert_array_equal(part.labels, whole.labels)
+
+    train = sources.load("npz", split="train", data_dir=npz)
+    rows = poisoning.poison_indices(
+        keys[0],
+        train.labels,
+        poison_rate=attack.poison_rate,
+        mode=attack.label_mode,
+        target_label=attack.target_label,
+    )
+    images = np.array(train.images)
+    if attack.noise_ratio:
+        row_key, field_key = jax.random.split(keys[1])
+        others = np.setdiff1d(np.arange(len(train)), rows)
+        order = np.asarray(jax.random.permutation(row_key, len(others)))
+        bent = others[order[: round(attack.noise_ratio * len(rows))]]
+        images = poisoning.distract(
+            images, bent, trigger, jitter=attack.noise_jitter, key=field_key
+        )
+    images, labels = poisoning.poison(
+        images,
+        train.labels,
+        rows,
+        trigger,
+        mode=attack.label_mode,
+        target_label=attack.target_label,
+        num_classes=train.num_classes,
+    )
+    np.testing.assert_array_equal(whole.images, images)
+    np.testing.assert_array_equal(whole.labels, labels)
+    assert (images != train.images).any(axis=(1, 2, 3)).sum() >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["nad.py", "efrap.py"])
+@pytest.mark.parametrize("loader", settings.LOADERS)
+def test_the_loader_of_a_config_is_that_of_its_victims(
+    config, loader, npz, tmp_path, monkeypatch, capsys
+):
+    """As far as the training loop, where `feeds_test` takes over."""
+    reached = []
+
+    def fit(state, images, labels, *, workers, **_):
+        reached.append((type(images), len(labels), workers))
+        raise errors.InputError("far enough")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    workers = 3 if loader == "stream" else 0
+    command = [
+        "main",
+        f"--config={CONFIG.parent / config}:smoke",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.name=npz",
+        f"--config.data.data_dir={npz}",
+        f"--config.data.loader={loader}",
+        f"--config.data.workers={workers}",
+    ]
+    assert main.main(command) == 2
+    assert "far enough" in capsys.readouterr().err
+    kind = stored.Images if loader == "stream" else np.ndarray
+    assert reached == [(kind, 120, workers)]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        ("nad.py:smoke", ["--config.data.loader=disk"], "device, stream, got 'disk'"),
+        ("nad.py:smoke", ["--config.data.workers=2"], "loader stream, got 2"),
+        (
+            "nad.py:smoke",
+            ["--config.data.loader=stream", "--config.data.workers=-1"],
+            "workers must be >= 0, got -1",
+        ),
+        ("nad.py:smoke", ["--config.data.loader=stream"], "'digits' has no files"),
+        ("efrap.py:smoke", ["--config.data.loader=stream"], "'digits' has no files"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(config, options, words, tmp_path, capsys):
+    path = CONFIG.parent / config
+    command = ["main", f"--config={path}", f"--workdir={tmp_path / 'run'}"]
+    assert main.main([*command, *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
+
+
+@pytest.mark.parametrize("job", ["vet", "audit"])
+def test_jobs_that_train_on_few_images_refuse_the_stream(job):
+    cls = settings.JOBS[job]
+    data = settings.DataSettings("npz", loader="stream")
+    files = {"vet": {"checkpoint": "x"}, "audit": {}}[job]
+    required = dict.fromkeys(("title", "arch", "training", "nad", "defense"), None)
+    required |= dict.fromkeys(("float_model", "integer_file"), "x")
+    given = {**required, **files, "data": data}
+    given = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
+    with pytest.raises(Exception, match=f"data.loader must be device in the job {job}"):
+        cls(**given)
