@@ -18,8 +18,8 @@ def arrays():
     model = models.build("wrn_10_1", num_classes=10, width=0.5)
     variables = common.init(model, jax.random.key(0), (8, 8, 3))
     torch_names = arch_match._module_names({}, "wrn_10_1")
-    leaves = arch_match._expected(model, 3, torch_names)
-    names = {name: leaf.path for name, leaf in leaves.items()}
+    leaves = arch_match._expected(model, (8, 8, 3), torch_names)
+    names = {name: leaf.paths for name, leaf in leaves.items()}
     return name_maps.to_torch(variables, names)
 
 

@@ -42,8 +42,8 @@ def _write_stranger(path, num_classes):
     model = models.build("wrn_10_1", num_classes=num_classes)
     variables = common.init(model, jax.random.key(0), (8, 8, 3))
     torch_names = arch_match._module_names({}, "wrn_10_1")
-    leaves = arch_match._expected(model, 3, torch_names)
-    names = {name: leaf.path for name, leaf in leaves.items()}
+    leaves = arch_match._expected(model, (8, 8, 3), torch_names)
+    names = {name: leaf.paths for name, leaf in leaves.items()}
     safetensors_file.write_safetensors(path, name_maps.to_torch(variables, names))
     return path
 

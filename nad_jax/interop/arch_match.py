@@ -8,6 +8,7 @@ that come from the file are bounded before the module sees them.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,36 +23,53 @@ from nad_jax.interop.bounded_file import Refusal, shown
 # Collection and names down to a leaf: ("params", "layer2_0", "conv1", "kernel").
 Path = tuple[str, ...]
 
-_FAMILIES = ("wrn_", "resnet_", "preact_resnet_")
+_FAMILIES = ("wrn_", "resnet_", "preact_resnet_", "imagenet_resnet_", "vit_b_")
 ARCHS = tuple(name for name in models.model_names() if name.startswith(_FAMILIES))
 _ACCEPTED = f"{', '.join(ARCHS)}, and wrn_D_K with D in 10, 16, 28, 40"
 
 # Axes of an array, by rank, in Flax's order and back in PyTorch's: convolutions have
-# [out, in, h, w] there and [h, w, in, out] here, Dense [out, in] and [in, out].
-TO_FLAX = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
-TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+# [out, in, h, w] there and [h, w, in, out] here, Dense [out, in] and [in, out]; class
+# tokens and position embeddings are the same.
+TO_FLAX = {1: (0,), 2: (1, 0), 3: (0, 1, 2), 4: (2, 3, 1, 0)}
+TO_TORCH = {1: (0,), 2: (1, 0), 3: (0, 1, 2), 4: (3, 2, 0, 1)}
 
 _BLOCK = re.compile(r"(block|layer)(\d+)_(?:layer)?(\d+)")
+_BOTTLENECK = re.compile(r"layer\d+\.\d+\.(conv3|bn3)\.")
+_TRANSFORMER = re.compile(
+    r"encoder\.layers\.encoder_layer_\d+\.|conv_proj\.|class_token$"
+)
+_OTHER_TRANSFORMER = re.compile(
+    r"encoder\.layers\.(?!encoder_layer_)|blocks\.\d+\.attn\.|cls_token"
+)
+_TRANSFORMER_BLOCK = re.compile(r"block(\d+)")
+# PyTorch stacks these along the outputs, in this order.
+_FUSED = ("query", "key", "value")
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
+    "class_token": "class_token",
+    "position_embedding": "encoder.pos_embedding",
 }
 _COUNTER = ".num_batches_tracked"
 
-# Channels and classes. Sizes come from the file and are multiplied before anything
-# compares them with the arrays; far above any classifier, far below an overflow.
+# Channels, classes, positions of tokens. Sizes come from the file and are multiplied
+# before anything compares them with the arrays; far above any classifier, far below an
+# overflow.
 _MAX_SIZE = 2**16
 _NAMED = 3  # Arrays a message names of each kind.
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Where an array goes, and the shape it has in PyTorch's order."""
+    """Where an array goes, and the shape it has in PyTorch's order.
 
-    path: Path
+    Several paths share the array in equal parts along its first axis.
+    """
+
+    paths: tuple[Path, ...]
     shape: tuple[int, ...]
 
 
@@ -176,20 +194,27 @@ def foreign_kind(arrays: Mapping[str, np.ndarray]) -> str | None:
         first = f"it has {shown(name)} {_shape(array)}"
         if "/" in name:
             return f"{first}, a Flax name; expected PyTorch's, such as 'conv1.weight'"
-        if re.match(r"layer\d+\.\d+\.(conv3|bn3)\.", name):
+        if _BOTTLENECK.match(name) and not _has_imagenet_stem(arrays):
             return (
-                f"{first}: a bottleneck ResNet (-50 and up); accepted are {_ACCEPTED}"
+                f"{first}: a bottleneck ResNet without torchvision's 7x7 stem; "
+                f"accepted are {_ACCEPTED}"
             )
-        if re.match(
-            r"encoder\.layers\.|blocks\.\d+\.attn\.|cls_token|class_token", name
-        ):
-            return f"{first}: a vision transformer; accepted are {_ACCEPTED}"
-        if name == "conv1.weight" and array.shape[2:] != (3, 3):
+        if _OTHER_TRANSFORMER.match(name):
             return (
-                f"{first}; only stems [channels, inputs, 3, 3] are accepted, those of "
-                f"{_ACCEPTED}"
+                f"{first}: a vision transformer in another layout than torchvision's; "
+                f"accepted are {_ACCEPTED}"
+            )
+        if name == "conv1.weight" and array.shape[2:] not in ((3, 3), (7, 7)):
+            return (
+                f"{first}; only stems [channels, inputs, 3, 3] and [channels, inputs, "
+                f"7, 7] are accepted, those of {_ACCEPTED}"
             )
     return None
+
+
+def _has_imagenet_stem(arrays: Mapping[str, np.ndarray]) -> bool:
+    stem = arrays.get("conv1.weight")
+    return stem is not None and stem.shape[2:] == (7, 7)
 
 
 def nearest_fits(arrays: Mapping[str, np.ndarray]) -> list[Fit]:
@@ -210,13 +235,18 @@ def _candidates(arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
         depth = min(depths, key=lambda depth: abs((depth - 4) // 6 - max(layers)))
         yield f"wrn_{depth}_{_widen_factor(arrays)}"
     layers = _blocks_per_group(arrays, r"layer(\d+)\.(\d+)\.")
-    for family in ("resnet_", "preact_resnet_") if layers else ():
-        sizes = {
-            arch: models.build(arch, num_classes=1).stage_sizes
+    families = ("resnet_", "preact_resnet_")
+    if _has_imagenet_stem(arrays):
+        families = ("imagenet_resnet_",)
+    for family in families if layers else ():
+        nets = {
+            arch: models.build(arch, num_classes=1)
             for arch in ARCHS
             if arch.startswith(family)
         }
-        yield min(sizes, key=lambda arch: _distance(sizes[arch], layers))
+        yield min(nets, key=lambda arch: _distance(nets[arch], layers, arrays))
+    if any(_TRANSFORMER.match(name) for name in arrays):
+        yield "vit_b_16"
 
 
 def _blocks_per_group(
@@ -230,9 +260,17 @@ def _blocks_per_group(
     return tuple(len(blocks[group]) for group in sorted(blocks))
 
 
-def _distance(sizes: tuple[int, ...], layers: tuple[int, ...]) -> tuple[int, int]:
-    pairs = zip(sizes, layers, strict=False)
-    return abs(len(sizes) - len(layers)), sum(abs(a - b) for a, b in pairs)
+def _distance(
+    net: Any, layers: tuple[int, ...], names: Iterable[str]
+) -> tuple[int, ...]:
+    """How far a net's blocks are from those of a file; the first number weighs most."""
+    bottleneck = any(_BOTTLENECK.match(name) for name in names)
+    sizes = net.stage_sizes
+    return (
+        getattr(net, "bottleneck", False) != bottleneck,
+        abs(len(sizes) - len(layers)),
+        sum(abs(a - b) for a, b in zip(sizes, layers, strict=False)),
+    )
 
 
 def _widen_factor(arrays: Mapping[str, np.ndarray]) -> int:
@@ -249,16 +287,25 @@ def _widen_factor(arrays: Mapping[str, np.ndarray]) -> int:
 def _fit(arrays: Mapping[str, np.ndarray], arch: str) -> Fit:
     """Compares names and shapes; `Refusal` if stem or classifier are not usable."""
     names = _module_names(arrays, arch)
-    channels, inputs = _sizes(arrays, "conv1.weight", "channels, inputs, 3, 3")
-    classes, _ = _sizes(arrays, f"{names['fc']}.weight", "classes, inputs")
     default = models.build(arch, num_classes=1)
+    channels, inputs = _sizes(arrays, *_stem(arch))
+    classes, _ = _sizes(arrays, f"{names['fc']}.weight", "classes, inputs")
     widest = channels * getattr(default, "widen_factor", 1)
     if widest > _MAX_SIZE:
         raise Refusal(f"{widest} channels; at most {_MAX_SIZE} are accepted")
-    # The published stems; powers of two, so the channels come out exactly.
-    published = 64 if len(getattr(default, "stage_sizes", ())) == 4 else 16
+    if arch.startswith("vit_"):
+        published, side = default.dim, _image_side(arrays, default)
+        if channels % default.head_dim:
+            raise Refusal(
+                f"{channels} channels a token; accepted are multiples of "
+                f"{default.head_dim}, the channels of an attention head"
+            )
+    else:
+        # The published stems; powers of two, so the channels come out exactly.
+        published = 64 if len(getattr(default, "stage_sizes", ())) == 4 else 16
+        side = 8  # Any size will do.
     model = models.build(arch, num_classes=classes, width=channels / published)
-    leaves = _expected(model, inputs, names)
+    leaves = _expected(model, (side, side, inputs), names)
     counters = {
         name.removesuffix(".running_var") + _COUNTER
         for name in leaves
@@ -282,8 +329,46 @@ def _fit(arrays: Mapping[str, np.ndarray], arch: str) -> Fit:
     )
 
 
+def stem_name(arch: str) -> str:
+    """Name of the array from which the width of an architecture is read."""
+    return _stem(arch)[0]
+
+
+def _stem(arch: str) -> tuple[str, str]:
+    """PyTorch's name of the first convolution's kernel, and its axes."""
+    if arch.startswith("vit_"):
+        return "conv_proj.weight", "channels, inputs, 16, 16"
+    size = 7 if arch.startswith("imagenet_") else 3
+    return "conv1.weight", f"channels, inputs, {size}, {size}"
+
+
+def _image_side(arrays: Mapping[str, np.ndarray], net: Any) -> int:
+    """Pixels on a side of the images that a vision transformer was made for."""
+    name = _LEAVES["position_embedding"]
+    _, positions = _sizes(arrays, name, "1, 1 + patches, channels")
+    side = math.isqrt(positions - 1)
+    if not side or positions != 1 + side**2:
+        raise Refusal(
+            f"{name!r} has {positions} positions; expected a class token and the "
+            "patches of a square image"
+        )
+    return side * net.patch
+
+
 def _module_names(arrays: Mapping[str, np.ndarray], arch: str) -> dict[str, str]:
     """PyTorch's names of the modules that ours call otherwise, blocks left aside."""
+    if arch.startswith("vit_"):
+        # torchvision before 0.13 called the two layers of the MLP linear_1 and _2.
+        old = any(".mlp.linear_1." in name for name in arrays)
+        return {
+            "patch_embed": "conv_proj",
+            **{"norm1": "ln_1", "norm2": "ln_2", "norm": "encoder.ln"},
+            **dict.fromkeys(_FUSED, "self_attention.in_proj"),
+            "out": "self_attention.out_proj",
+            "mlp_in": "mlp.linear_1" if old else "mlp.0",
+            "mlp_out": "mlp.linear_2" if old else "mlp.3",
+            "fc": "heads.head",
+        }
     if arch.startswith("wrn_"):
         return {"shortcut": "convShortcut", "fc": "fc"}
     if arch.startswith("preact_resnet_"):
@@ -316,33 +401,48 @@ def _sizes(arrays: Mapping[str, np.ndarray], name: str, axes: str) -> tuple[int,
     return shape[0], shape[1]
 
 
-def _expected(model: Any, inputs: int, names: dict[str, str]) -> dict[str, Leaf]:
+def _expected(
+    model: Any, image_shape: tuple[int, int, int], names: dict[str, str]
+) -> dict[str, Leaf]:
     """Every leaf of the model by PyTorch's name; weights first, then statistics."""
-    leaves = {}
-    for path, shape in _traced(model, inputs):
+    leaves: dict[str, Leaf] = {}
+    for path, shape in _traced(model, image_shape):
         modules = [names.get(part, _block_name(part)) for part in path[1:-1]]
+        name = ".".join([*modules, _LEAVES[path[-1]]])
+        # Parameters of the attention itself, not of a module of that name.
+        name = name.replace(".in_proj.", ".in_proj_")
+        paths = [*leaves[name].paths, path] if name in leaves else [path]
+        if len(paths) > 1:
+            paths.sort(key=lambda path: _FUSED.index(path[-2]))
         shape = tuple(shape[axis] for axis in TO_TORCH[len(shape)])
-        leaves[".".join([*modules, _LEAVES[path[-1]]])] = Leaf(path, shape)
+        leaves[name] = Leaf(tuple(paths), (len(paths) * shape[0], *shape[1:]))
     return leaves
 
 
 # A refusal looks at the same few models twice: as the one asked for, as the nearest.
 @functools.lru_cache(maxsize=8)
-def _traced(model: Any, inputs: int) -> tuple[tuple[Path, tuple[int, ...]], ...]:
+def _traced(
+    model: Any, image_shape: tuple[int, int, int]
+) -> tuple[tuple[Path, tuple[int, ...]], ...]:
     """Path and shape of every leaf, without arithmetic; parameters come first."""
-    images = jax.ShapeDtypeStruct((1, 8, 8, inputs), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
     return tuple(
         (tuple(entry.key for entry in entries), leaf.shape)
         for collection in ("params", "batch_stats")
         for entries, leaf in jax.tree_util.tree_flatten_with_path(
-            {collection: variables[collection]}
+            {collection: variables.get(collection, {})}
         )[0]
     )
 
 
 def _block_name(name: str) -> str:
-    """block2_layer0 -> block2.layer.0, layer2_0 -> layer2.0, others unchanged."""
+    """block2_layer0 -> block2.layer.0, layer2_0 -> layer2.0, others unchanged.
+
+    Blocks of transformers: block2 -> encoder.layers.encoder_layer_1.
+    """
+    if match := _TRANSFORMER_BLOCK.fullmatch(name):
+        return f"encoder.layers.encoder_layer_{int(match[1]) - 1}"
     match = _BLOCK.fullmatch(name)
     if match is None:
         return name

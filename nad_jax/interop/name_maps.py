@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch state dicts of small-image classifiers as variables of this package's models.
+"""PyTorch state dicts of image classifiers as variables of this package's models.
 
-    wrn_D_K            NAD's code and checkpoints: block2.layer.0.convShortcut, fc
-    resnet_18, _34     kuangliu's CIFAR collection: layer2.0.shortcut.0/1, linear
-    resnet_8 ... _32   NAD's CIFAR nets: layer2.0.downsample.0/1, fc
-    preact_resnet_18   BackdoorBench: layer2.0.shortcut.0, linear, no last BatchNorm
+    wrn_D_K               NAD's code and checkpoints: block2.layer.0.convShortcut, fc
+    resnet_18, _34        kuangliu's CIFAR collection: layer2.0.shortcut.0/1, linear
+    resnet_8 ... _32      NAD's CIFAR nets: layer2.0.downsample.0/1, fc
+    preact_resnet_18      BackdoorBench: layer2.0.shortcut.0, linear, no last BatchNorm
+    imagenet_resnet_18,   torchvision's resnet18, 34, 50: 7x7 stem, downsample, fc
+      _34, _50
+    vit_b_16              torchvision's vit_b_16, for images of any one size
 
 The two spellings of the shortcut and of the classifier are accepted for every
-post-activation net. What a leaf is called and what shape it has is asked of the Flax
-module itself, so the map cannot drift from the models; every array of the file has one
-leaf and every leaf one array, or the file is refused. Refused with a reason: 7x7 stems,
-bottleneck blocks, vision transformers, a last BatchNorm the model does not have.
+post-activation net, and torchvision's older spelling of a transformer's MLP. What a
+leaf is called and what shape it has is asked of the Flax module itself, so the map
+cannot drift from the models; every leaf is in one array of the file and every array
+filled by its leaves (one; for a transformer's `in_proj_weight` and `_bias` the stacked
+query, key and value), or the file is refused. Refused with a reason: bottleneck blocks
+behind a 3x3 stem, deeper or wider bottleneck nets, other vision transformers (timm's
+names, other patch sizes or depths), a last BatchNorm the model does not have.
 
 Three things that change the logits leave no trace in the weights and are the caller's
 to know; `Converted.notes` repeats those that apply:
 
 - how pixels were normalised (the models here see [0, 1]);
-- strides, and whether a max-pool follows the stem. Here the stem has stride 1, no pool;
-- epsilon of BatchNorm: 1e-5 here, PyTorch's default.
+- strides, and whether a max-pool follows the stem. Here a 3x3 stem has stride 1 and no
+  pool, a 7x7 stem stride 2 and a 3x3 max-pool, a bottleneck its stride in the 3x3
+  convolution; a transformer's head has 64 channels;
+- epsilon: 1e-5 of BatchNorm, PyTorch's default; 1e-6 of LayerNorm, torchvision's.
 """
 
 import dataclasses
@@ -41,11 +49,13 @@ class Converted:
     Attributes:
       arch: its name for `models.build`.
       num_classes: rows of the classifier.
-      width: factor on the published channel counts, read from the stem.
+      width: factor on the published channel counts, read from the stem; a transformer
+        has heads of 64 channels at every width.
       model: the Flax module, float32; `models.build(arch, num_classes=..., width=...)`
         builds it with other options.
       variables: `{"params": ..., "batch_stats": ...}`, float32 on the default device.
-      names: name of each array -> the path of its leaf in `variables`.
+      names: name of each array -> the paths of its leaves in `variables`: one, or
+        several that are stacked along the array's first axis.
       notes: one line for each thing a reader of the result should know.
     """
 
@@ -54,7 +64,7 @@ class Converted:
     width: float
     model: Any
     variables: dict[str, Any]
-    names: dict[str, arch_match.Path]
+    names: dict[str, tuple[arch_match.Path, ...]]
     notes: tuple[str, ...]
 
 
@@ -94,13 +104,13 @@ def convert(
         width=fit.model.width,
         model=fit.model,
         variables=jax.device_put(tree),
-        names={name: leaf.path for name, leaf in fit.leaves.items()},
+        names={name: leaf.paths for name, leaf in fit.leaves.items()},
         notes=tuple(_notes(arrays, fit, dtypes, guessed=arch is None)),
     )
 
 
 def to_torch(
-    variables: Mapping[str, Any], names: Mapping[str, arch_match.Path]
+    variables: Mapping[str, Any], names: Mapping[str, tuple[arch_match.Path, ...]]
 ) -> dict[str, np.ndarray]:
     """The way back: a state dict from variables of a converted model.
 
@@ -113,15 +123,18 @@ def to_torch(
       Name -> float32 array in PyTorch's layout, without "num_batches_tracked".
     """
     arrays = {}
-    for name, path in names.items():
-        value: Any = variables
-        for key in path:
-            value = value[key]
-        array = np.asarray(value)
-        arrays[name] = np.array(
-            array.transpose(arch_match.TO_TORCH[array.ndim]), order="C"
-        )
+    for name, paths in names.items():
+        parts = [_in_torch_order(variables, path) for path in paths]
+        # Concatenation alone keeps the order that the parts have in memory.
+        arrays[name] = np.array(np.concatenate(parts), order="C")
     return arrays
+
+
+def _in_torch_order(variables: Any, path: arch_match.Path) -> np.ndarray:
+    for key in path:
+        variables = variables[key]
+    array = np.asarray(variables)
+    return array.transpose(arch_match.TO_TORCH[array.ndim])
 
 
 # Values --------------------------------------------------------------------------
@@ -137,10 +150,13 @@ def _filled(
         array = arrays[name]
         if array.dtype.newbyteorder("=") != np.float32:
             dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + 1
-        branch = tree
-        for key in leaf.path[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[leaf.path[-1]] = _value(name, array)
+        # What PyTorch stacks along the outputs has them last here.
+        parts = np.split(_value(name, array), len(leaf.paths), axis=-1)
+        for path, part in zip(leaf.paths, parts, strict=True):
+            branch = tree
+            for key in path[:-1]:
+                branch = branch.setdefault(key, {})
+            branch[path[-1]] = part
     return tree, dtypes
 
 
@@ -177,19 +193,31 @@ def _notes(
     if guessed:
         yield f"{fit.arch} was recognised by names and shapes"
     if fit.model.width != 1.0:
-        yield f"{fit.model.width:g} of the published channels, read from conv1.weight"
+        stem = arch_match.stem_name(fit.arch)
+        yield f"{fit.model.width:g} of the published channels, read from {stem}"
     for dtype, count in dtypes.items():
         yield f"{count} arrays were {dtype} and are float32 now"
     counters = len(arrays) - len(fit.leaves)
     if counters:
         yield f"{counters} counters num_batches_tracked were ignored"
-    if arch_match.says_downsample(arrays) and len(fit.model.stage_sizes) == 4:
-        # torchvision's class with another stem; some such nets keep its max-pool.
+    if assumption := _assumption(arrays, fit):
         yield (
-            "stride 1 and no max-pool after the stem are assumed, as the weights do "
-            "not say; a net that pools there gives other logits: compare the accuracy"
+            f"{assumption} are assumed, as the weights do not say; a net with others "
+            "gives other logits: compare the accuracy"
         )
     yield (
         "the file does not say how pixels were normalised; this model takes what the "
         "original took, [0, 1] only if that was so"
     )
+
+
+def _assumption(arrays: Mapping[str, np.ndarray], fit: arch_match.Fit) -> str | None:
+    """What the map takes for granted although nets of the same names differ in it."""
+    if fit.arch.startswith("vit_"):
+        return f"attention heads of {fit.model.head_dim} channels"
+    if fit.arch.startswith("imagenet_"):
+        return "torchvision's strides and its max-pool after the stem"
+    if arch_match.says_downsample(arrays) and len(fit.model.stage_sizes) == 4:
+        # torchvision's class with another stem; some such nets keep its max-pool.
+        return "stride 1 and no max-pool after the stem"
+    return None

@@ -40,7 +40,11 @@ MODELS: dict[str, str] = {
     "resnet_18": "nad_jax.models.resnet:resnet",
     "resnet_34": "nad_jax.models.resnet:resnet",
     "preact_resnet_18": "nad_jax.models.preact_resnet:preact_resnet",
+    "imagenet_resnet_18": "nad_jax.models.resnet:imagenet_resnet",
+    "imagenet_resnet_34": "nad_jax.models.resnet:imagenet_resnet",
+    "imagenet_resnet_50": "nad_jax.models.resnet:imagenet_resnet",
     "vit_tiny": "nad_jax.models.vit:vit_tiny",
+    "vit_b_16": "nad_jax.models.class_token_vit:vit_b",
 }
 
 _ANY_WIDE_RESNET = re.compile(r"wrn_(10|16|28|40)_[1-9][0-9]*")
@@ -66,8 +70,9 @@ def build(
       name: a name of `model_names()`, or any `wrn_D_K` with D in 10, 16, 28, 40 and
         K >= 1.
       num_classes: number of logits.
-      width: factor on every channel count, rounded, at least one channel (for the
-        transformer: at least one per head). 1.0 is the published architecture.
+      width: factor on every channel count, rounded, at least one channel (for
+        "vit_tiny": at least one per head; for "vit_b_16": whole heads of 64, at least
+        one). 1.0 is the published architecture.
       dtype: of the computation and of `features`. Parameters, BatchNorm statistics and
         logits stay float32.
       bn_axis_name: name of a `pmap`/`vmap`/`shard_map` axis over which BatchNorm

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 from nad_jax import errors
 
-# Position embeddings of the vision transformer; kept here because `init` fills by name.
+# Position embeddings of vision transformers; kept here because `init` fills by name.
 POSITION_EMBEDDING_STD = 0.02
 
 
@@ -161,8 +161,8 @@ def init(
 
     `model.init` spends seconds in the compiler. Here shapes come from tracing alone and
     each leaf is filled by NumPy: kernels normal with `kernel_std`, "position_embedding"
-    normal with 0.02, "bias" and "mean" 0, "scale" and "var" 1. The distribution is that
-    of `model.init`, the numbers are not.
+    normal with 0.02, "bias", "mean" and "class_token" 0, "scale" and "var" 1. The
+    distribution is that of `model.init`, the numbers are not.
 
     Every leaf has its own generator, seeded with the key and the leaf's path, so it
     does not depend on what else the model contains. The values are the same on every
@@ -173,8 +173,8 @@ def init(
         called on images.
       key: typed key, concrete: `init` works on the host and not under `jit` or `vmap`
         (use `model.init` there).
-      image_shape: `(H, W, C)`. The vision transformer's position embeddings have the
-        size this implies; for all others H and W are free.
+      image_shape: `(H, W, C)`. The vision transformers' position embeddings have the
+        size this implies; for the other models H and W are free.
 
     Returns:
       `{"params": ..., "batch_stats": ...}` of float32 arrays on the default device.
@@ -206,11 +206,11 @@ def _fresh_leaf(
         case "position_embedding":
             std = np.float32(POSITION_EMBEDDING_STD)
             return std * generator.standard_normal(shape, np.float32)
-        case "bias" | "mean":
+        case "bias" | "mean" | "class_token":
             return np.zeros(shape, np.float32)
         case "scale" | "var":
             return np.ones(shape, np.float32)
     raise errors.InputError(
         f"no rule to initialise {'/'.join(names)!r}; known leaf names: "
-        "kernel, position_embedding, bias, mean, scale, var"
+        "kernel, position_embedding, class_token, bias, mean, scale, var"
     )

@@ -43,7 +43,7 @@ from nad_jax.models import common
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a grid of tokens `[B, h, w, dim]`."""
+    """Pre-norm transformer block on tokens `[B, ..., dim]`, a grid or a sequence."""
 
     heads: int
     mlp_dim: int
@@ -51,12 +51,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, dim = x.shape
+        batch, *positions, dim = x.shape
         head_dim = dim // self.heads
         dense = functools.partial(common.dense, dtype=self.dtype)
 
         def split_heads(tokens: jax.Array) -> jax.Array:
-            return tokens.reshape(batch, height * width, self.heads, head_dim)
+            return tokens.reshape(batch, math.prod(positions), self.heads, head_dim)
 
         y = common.LayerNorm(name="norm1")(x)
         query = split_heads(dense(dim, name="query")(y))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EFRAP on a transformer: query, key and value have one input and one Gram matrix."""
+"""EFRAP on transformers: query, key and value have one input and one Gram matrix."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.defenses import moments as moments_lib
-from nad_jax.models import common, vit
+from nad_jax.models import class_token_vit, common, vit
 
 DEPTH = 1
 # patch_embed, then query (for key and value, too), out, mlp_in, mlp_out, then fc.
@@ -15,9 +15,17 @@ GRAMS = 1 + 4 * DEPTH + 1
 LAYERS = 1 + 6 * DEPTH + 1
 
 
-@pytest.fixture(scope="module")
-def net():
-    model = vit.vit_tiny(num_classes=3, dim=6, depth=DEPTH, heads=2, mlp_ratio=2)
+SIZES = {"num_classes": 3, "dim": 6, "depth": DEPTH, "mlp_ratio": 2}
+# The tokens are a grid, or a sequence behind a class token.
+MODELS = {
+    "grid": vit.vit_tiny(heads=2, **SIZES),
+    "class token": class_token_vit.vit_b(4, head_dim=3, **SIZES),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def net(request):
+    model = MODELS[request.param]
     images = jax.random.uniform(jax.random.key(1), (9, 8, 8, 1))
     return model, common.init(model, jax.random.key(0), (8, 8, 1)), images
 

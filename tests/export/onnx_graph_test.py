@@ -14,6 +14,7 @@ import pytest
 from nad_jax import errors, models
 from nad_jax.core import quantization
 from nad_jax.defenses import efrap
+from nad_jax.models import class_token_vit
 from nad_jax.models import layers as layers_lib
 
 onnx = pytest.importorskip("onnx")
@@ -152,7 +153,9 @@ def _quantized(net, spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wrn_10_1", "resnet_8", "preact_resnet_18"])
+@pytest.mark.parametrize(
+    "name", ["wrn_10_1", "resnet_8", "preact_resnet_18", "imagenet_resnet_18"]
+)
 def test_convolutional_models_keep_their_logits(name):
     module = models.build(name, num_classes=10, width=0.25)
     variables = _variables(module, (16, 16, 3))
@@ -165,8 +168,15 @@ def test_convolutional_models_keep_their_logits(name):
 
 
 @pytest.mark.slow
-def test_the_transformer_keeps_its_logits():
-    module = models.build("vit_tiny", num_classes=10, depth=2, dim=24)
+@pytest.mark.parametrize(
+    "module",
+    [
+        models.build("vit_tiny", num_classes=10, depth=2, dim=24),
+        class_token_vit.vit_b(4, num_classes=10, depth=2, dim=24, head_dim=8),
+    ],
+    ids=["mean", "class token"],
+)
+def test_transformers_keep_their_logits(module):
     variables = _variables(module, (8, 8, 3))
     images = _images((3, 8, 8, 3))
     model = onnx_graph.to_onnx(module, variables, (8, 8, 3))

@@ -6,6 +6,7 @@ The networks below are written from PyTorch's definitions in float64 NumPy, on a
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ from nad_jax.interop import arch_match, name_maps
 
 StateDict = dict[str, np.ndarray]
 CLASSES = 7
+MLP = ("mlp.0", "mlp.3")
 
 # Networks in PyTorch's terms -----------------------------------------------------
 
@@ -44,9 +46,16 @@ class Net:
         self.arrays[f"{name}.num_batches_tracked"] = np.array(782)
 
     def add_linear(self, name: str, outputs: int, inputs: int) -> None:
-        weight = self.rng.normal(0, 1, (outputs, inputs)).astype("f4")
-        self.arrays[f"{name}.weight"] = weight
-        self.arrays[f"{name}.bias"] = self.rng.normal(0, 1, outputs).astype("f4")
+        self.add(f"{name}.weight", 1, outputs, inputs)
+        self.add(f"{name}.bias", 1, outputs)
+
+    def add_ln(self, name: str, channels: int) -> None:
+        values = self.rng.uniform(0.5, 1.5, channels)
+        self.arrays[f"{name}.weight"] = values.astype("f4")
+        self.add(f"{name}.bias", 0.3, channels)
+
+    def add(self, name: str, std: float, *shape: int) -> None:
+        self.arrays[name] = self.rng.normal(0, std, shape).astype("f4")
 
     def conv(self, name: str, x: np.ndarray, stride: int = 1) -> np.ndarray:
         kernel = self.arrays[f"{name}.weight"].astype(np.float64)
@@ -56,6 +65,13 @@ class Net:
         windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (2, 3))
         windows = windows[:, :, ::stride, ::stride]
         return np.einsum("bchwij,ocij->bohw", windows, kernel, optimize=True)
+
+    def max_pool(self, x: np.ndarray) -> np.ndarray:
+        """MaxPool2d(kernel_size=3, stride=2, padding=1)."""
+        pads = ((0, 0), (0, 0), (1, 1), (1, 1))
+        x = np.pad(x, pads, constant_values=-np.inf)
+        windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))
+        return windows[:, :, ::2, ::2].max(axis=(4, 5))
 
     def bn(self, name: str, x: np.ndarray) -> np.ndarray:
         weight, bias, mean, var = (
@@ -68,8 +84,16 @@ class Net:
         return np.maximum(self.bn(name, x), 0)
 
     def head(self, name: str, x: np.ndarray) -> np.ndarray:
+        return self.linear(name, x.mean(axis=(2, 3)))
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
         weight = self.arrays[f"{name}.weight"].astype(np.float64)
-        return x.mean(axis=(2, 3)) @ weight.T + self.arrays[f"{name}.bias"]
+        return x @ weight.T + self.arrays[f"{name}.bias"]
+
+    def ln(self, name: str, x: np.ndarray) -> np.ndarray:
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
+        return x * self.arrays[f"{name}.weight"] + self.arrays[f"{name}.bias"]
 
 
 def wrn(depth: int, factor: int, *, stem: int = 4, inputs: int = 3) -> Net:
@@ -160,6 +184,112 @@ def preact_resnet_logits(net: Net, x: np.ndarray) -> np.ndarray:
     return net.head("linear", x)
 
 
+def imagenet_resnet(
+    sizes: tuple[int, ...], *, bottleneck: bool = False, stem: int = 4
+) -> Net:
+    """torchvision's; the channels behind a bottleneck are 4 times those inside."""
+    net, channels = Net(), stem
+    net.add_conv("conv1", stem, 3, 7)
+    net.add_bn("bn1", stem)
+    for stage, size in enumerate(sizes):
+        for block in range(size):
+            name, inner = f"layer{stage + 1}.{block}", stem * 2**stage
+            outputs = 4 * inner if bottleneck else inner
+            windows = (1, 3, 1) if bottleneck else (3, 3)
+            inputs = channels
+            for number, window in enumerate(windows, start=1):
+                own = outputs if number == len(windows) else inner
+                net.add_conv(f"{name}.conv{number}", own, inputs, window)
+                net.add_bn(f"{name}.bn{number}", own)
+                inputs = own
+            if channels != outputs:
+                net.add_conv(f"{name}.downsample.0", outputs, channels, 1)
+                net.add_bn(f"{name}.downsample.1", outputs)
+            channels = outputs
+    net.add_linear("fc", CLASSES, channels)
+    return net
+
+
+def imagenet_resnet_logits(net: Net, x: np.ndarray) -> np.ndarray:
+    x = net.max_pool(net.relu_bn("bn1", net.conv("conv1", x, 2)))
+    for name, stride in blocks_of(net):
+        if f"{name}.conv3.weight" in net.arrays:
+            out = net.relu_bn(f"{name}.bn1", net.conv(f"{name}.conv1", x))
+            out = net.relu_bn(f"{name}.bn2", net.conv(f"{name}.conv2", out, stride))
+            out = net.bn(f"{name}.bn3", net.conv(f"{name}.conv3", out))
+        else:
+            out = net.relu_bn(f"{name}.bn1", net.conv(f"{name}.conv1", x, stride))
+            out = net.bn(f"{name}.bn2", net.conv(f"{name}.conv2", out))
+        if f"{name}.downsample.0.weight" in net.arrays:
+            x = net.conv(f"{name}.downsample.0", x, stride)
+            x = net.bn(f"{name}.downsample.1", x)
+        x = np.maximum(x + out, 0)
+    return net.head("fc", x)
+
+
+def vit(
+    *, dim: int = 64, depth: int = 12, positions: int = 5, mlp: tuple[str, str] = MLP
+) -> Net:
+    net = Net()
+    net.add("class_token", 1, 1, 1, dim)
+    net.add("conv_proj.weight", 0.05, dim, 3, 16, 16)
+    net.add("conv_proj.bias", 1, dim)
+    net.add("encoder.pos_embedding", 1, 1, positions, dim)
+    for layer in range(depth):
+        name = f"encoder.layers.encoder_layer_{layer}"
+        net.add_ln(f"{name}.ln_1", dim)
+        net.add(f"{name}.self_attention.in_proj_weight", dim**-0.5, 3 * dim, dim)
+        net.add(f"{name}.self_attention.in_proj_bias", 1, 3 * dim)
+        net.add(f"{name}.self_attention.out_proj.weight", dim**-0.5, dim, dim)
+        net.add(f"{name}.self_attention.out_proj.bias", 1, dim)
+        net.add_ln(f"{name}.ln_2", dim)
+        net.add(f"{name}.{mlp[0]}.weight", dim**-0.5, 4 * dim, dim)
+        net.add(f"{name}.{mlp[0]}.bias", 1, 4 * dim)
+        net.add(f"{name}.{mlp[1]}.weight", 0.5 * dim**-0.5, dim, 4 * dim)
+        net.add(f"{name}.{mlp[1]}.bias", 1, dim)
+    net.add_ln("encoder.ln", dim)
+    net.add_linear("heads.head", CLASSES, dim)
+    return net
+
+
+def vit_logits(net: Net, images: np.ndarray) -> np.ndarray:
+    """Image by image, as tokens [T, D]; the first token is the class token."""
+    return np.stack([vit_logits_of_one(net, image) for image in images])
+
+
+def vit_logits_of_one(net: Net, image: np.ndarray) -> np.ndarray:
+    dim = net.arrays["class_token"].shape[-1]
+    embed = net.arrays["conv_proj.weight"].astype(np.float64)
+    patches = [
+        image[:, top : top + 16, left : left + 16]
+        for top in range(0, image.shape[1], 16)
+        for left in range(0, image.shape[2], 16)
+    ]
+    x = np.einsum("tcij,dcij->td", np.stack(patches), embed, optimize=True)
+    x = np.concatenate([net.arrays["class_token"][0], x + net.arrays["conv_proj.bias"]])
+    x = x + net.arrays["encoder.pos_embedding"][0]
+    for layer in range(12):
+        name = f"encoder.layers.encoder_layer_{layer}"
+        fused = net.arrays[f"{name}.self_attention.in_proj_weight"]
+        queries, keys, values = np.split(
+            net.ln(f"{name}.ln_1", x) @ fused.T.astype(np.float64)
+            + net.arrays[f"{name}.self_attention.in_proj_bias"],
+            3,
+            axis=1,
+        )
+        mixed = np.zeros_like(x)
+        for head in range(dim // 64):
+            part = slice(64 * head, 64 * head + 64)
+            scores = np.exp(queries[:, part] @ keys[:, part].T / 8)
+            weights = scores / scores.sum(axis=1, keepdims=True)
+            mixed[:, part] = weights @ values[:, part]
+        x = x + net.linear(f"{name}.self_attention.out_proj", mixed)
+        out = net.linear(f"{name}.mlp.0", net.ln(f"{name}.ln_2", x))
+        out = out * (1 + np.vectorize(math.erf)(out / math.sqrt(2))) / 2
+        x = x + net.linear(f"{name}.mlp.3", out)
+    return net.linear("heads.head", net.ln("encoder.ln", x)[0])
+
+
 def blocks_of(net: Net) -> list[tuple[str, int]]:
     """(name, stride) of each block in order; later groups start with stride 2."""
     ending = ".conv2.weight"
@@ -195,11 +325,28 @@ FORWARD: dict[str, Case] = {
         functools.partial(resnet_logits, **TORCHVISION),
     ),
     "preact": ("preact_resnet_18", preact_resnet, preact_resnet_logits),
+    "imagenet": (
+        "imagenet_resnet_18",
+        lambda: imagenet_resnet(RESNET_18),
+        imagenet_resnet_logits,
+    ),
+    "bottleneck": (
+        "imagenet_resnet_50",
+        lambda: imagenet_resnet(RESNET_34, bottleneck=True),
+        imagenet_resnet_logits,
+    ),
+    # Two heads.
+    "vit": ("vit_b_16", lambda: vit(dim=128), vit_logits),
 }
 
 
-# One function for all, so that two spellings of one network compile once.
-APPLY = jax.jit(lambda model, *inputs: model.apply(*inputs), static_argnums=0)
+# One function for all, so that two spellings of one network compile once; and fast, as
+# it runs once.
+APPLY = jax.jit(
+    lambda model, *inputs: model.apply(*inputs),
+    static_argnums=0,
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 
 
 @pytest.mark.slow
@@ -209,8 +356,9 @@ def test_logits_are_those_of_pytorch(case):
     net = make()
     found = name_maps.convert(net.arrays)
     assert (found.arch, found.num_classes) == (arch, CLASSES)
-    inputs = net.arrays["conv1.weight"].shape[1]
-    images = np.random.default_rng(1).uniform(size=(3, inputs, 8, 8))
+    stem = net.arrays.get("conv1.weight", net.arrays.get("conv_proj.weight"))
+    side = 32 if arch.startswith(("imagenet_", "vit_")) else 8
+    images = np.random.default_rng(1).uniform(size=(3, stem.shape[1], side, side))
     expected = logits(net, images)
     assert np.ptp(expected, axis=0).min() > 0.01  # The images make a difference.
     pixels = images.transpose(0, 2, 3, 1).astype(np.float32)
@@ -220,7 +368,16 @@ def test_logits_are_those_of_pytorch(case):
     )
 
 
-@pytest.mark.parametrize("case", FORWARD)
+def slow_if_large(names) -> list:
+    """Parameters; nets of torchvision take more than a third of a second to trace."""
+    large = ("imagenet", "bottleneck", "vit")
+    return [
+        pytest.param(n, marks=pytest.mark.slow if n.startswith(large) else [])
+        for n in names
+    ]
+
+
+@pytest.mark.parametrize("case", slow_if_large(FORWARD))
 def test_the_map_is_a_bijection(case):
     arch, make, _ = FORWARD[case]
     arrays = make().arrays
@@ -229,7 +386,9 @@ def test_the_map_is_a_bijection(case):
         tuple(entry.key for entry in path)
         for path, _ in jax.tree_util.tree_leaves_with_path(found.variables)
     }
-    assert sorted(found.names.values()) == sorted(paths)
+    assert sorted(path for leaf in found.names.values() for path in leaf) == sorted(
+        paths
+    )
     back = name_maps.to_torch(found.variables, found.names)
     assert set(back) == {n for n in arrays if not n.endswith("num_batches_tracked")}
     for name, array in back.items():
@@ -248,13 +407,18 @@ def test_the_tree_is_the_one_the_model_makes():
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("arch", name_maps.ARCHS)
+@pytest.mark.parametrize("arch", slow_if_large(name_maps.ARCHS))
 def test_every_listed_architecture_recognises_itself_only(arch):
     family, *numbers = arch.rsplit("_", 2) if arch[0] == "w" else arch.rsplit("_", 1)
     if family == "wrn":
         net = wrn(int(numbers[0]), int(numbers[1]), stem=1)
     elif family == "preact_resnet":
         net = preact_resnet(stem=1)
+    elif family == "imagenet_resnet":
+        sizes = RESNET_18 if numbers[0] == "18" else RESNET_34
+        net = imagenet_resnet(sizes, bottleneck=numbers[0] == "50", stem=1)
+    elif family == "vit_b":
+        net = vit()
     else:
         sizes = {
             **{"18": RESNET_18, "34": RESNET_34, "8": (1, 1, 1), "14": (2, 2, 2)},
@@ -312,6 +476,63 @@ def test_what_the_weights_do_not_say_is_noted():
     notes = name_maps.convert(preact_resnet(stem=1).arrays, "preact_resnet_18").notes
     assert not any("max-pool" in note or "recognised" in note for note in notes)
     assert any("normalised" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("make", "assumption"),
+    [
+        (lambda: imagenet_resnet(RESNET_18, stem=1), "its max-pool after the stem are"),
+        (lambda: vit(), "heads of 64 channels are assumed"),
+    ],
+)
+def test_what_torchvision_has_is_assumed_and_noted(make, assumption):
+    notes = name_maps.convert(make().arrays).notes
+    assert sum("as the weights do not say" in note for note in notes) == 1
+    assert any(assumption in note for note in notes)
+
+
+@pytest.mark.slow
+def test_the_width_of_a_transformer_is_that_of_its_tokens():
+    found = name_maps.convert(vit(dim=192).arrays)
+    assert (found.width, found.num_classes) == (0.25, CLASSES)
+    note = "0.25 of the published channels, read from conv_proj.weight"
+    assert note in found.notes
+    model = models.build(found.arch, num_classes=CLASSES, width=found.width)
+    assert model == found.model
+
+
+def test_query_key_and_value_are_the_thirds_of_what_pytorch_fuses():
+    arrays = vit().arrays
+    found = name_maps.convert(arrays)
+    name = "encoder.layers.encoder_layer_11.self_attention.in_proj_"
+    block = found.variables["params"]["block12"]
+    for index, part in enumerate(("query", "key", "value")):
+        rows = slice(64 * index, 64 * index + 64)
+        kernel = arrays[f"{name}weight"][rows].T
+        np.testing.assert_array_equal(block[part]["kernel"], kernel)
+        np.testing.assert_array_equal(block[part]["bias"], arrays[f"{name}bias"][rows])
+
+
+def test_the_older_names_of_a_transformer_are_taken_and_given_back():
+    new, old = vit().arrays, vit(mlp=("mlp.linear_1", "mlp.linear_2")).arrays
+    found = name_maps.convert(old)
+    expected = name_maps.convert(new).variables
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected)
+    back = name_maps.to_torch(found.variables, found.names)
+    assert set(back) == set(old) != set(new)
+
+
+@pytest.mark.slow
+def test_a_transformer_takes_images_of_its_own_size_only():
+    """Nine patches and the class token: 48 pixels on a side."""
+    found = name_maps.convert(vit(positions=10).arrays)
+    for side in (48, 32):
+        images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        if side == 48:
+            jax.eval_shape(found.model.apply, found.variables, images)
+            continue
+        with pytest.raises(errors.InputError, match="48 x 48 pixels, got 32 x 32"):
+            jax.eval_shape(found.model.apply, found.variables, images)
 
 
 def test_the_result_does_not_share_memory_with_the_file():
@@ -389,6 +610,20 @@ def test_the_first_few_of_each_kind_are_named():
         ("resnet_18", lambda: preact_resnet(stem=1), "preact_resnet_18"),
         ("preact_resnet_18", lambda: resnet(RESNET_18, **TORCHVISION), "resnet_18"),
         ("resnet_18", lambda: resnet(RESNET_34, **KUANGLIU, stem=1), "resnet_34"),
+        ("resnet_18", lambda: imagenet_resnet(RESNET_18), "imagenet_resnet_18"),
+        ("imagenet_resnet_18", lambda: resnet(RESNET_18, **TORCHVISION), "resnet_18"),
+        (
+            "imagenet_resnet_34",
+            lambda: imagenet_resnet(RESNET_34, bottleneck=True, stem=1),
+            "imagenet_resnet_50",
+        ),
+        (
+            "imagenet_resnet_50",
+            lambda: imagenet_resnet(RESNET_34, stem=1),
+            "imagenet_resnet_34",
+        ),
+        ("resnet_8", lambda: vit(), "vit_b_16"),
+        ("vit_b_16", lambda: resnet((1, 1, 1), **KUANGLIU), "resnet_8"),
     ],
 )
 def test_the_architecture_that_fits_is_offered(arch, net, fits):
@@ -449,11 +684,12 @@ def zeros(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        ({"conv1.weight": zeros(64, 3, 7, 7)}, "only stems [channels, inputs, 3, 3]"),
+        ({"conv1.weight": zeros(64, 3, 5, 5)}, "only stems [channels, inputs, 3, 3]"),
+        ({"conv1.weight": zeros(64, 3, 7, 7)}, "no architecture here has such"),
         ({"layer1.0.conv3.weight": zeros(256, 64, 1, 1)}, "a bottleneck ResNet"),
-        ({"class_token": zeros(1, 1, 768)}, "a vision transformer"),
-        ({"encoder.layers.encoder_layer_0.ln_1.bias": zeros(8)}, "a vision"),
-        ({"cls_token": zeros(1, 1, 192)}, "a vision transformer"),
+        ({"cls_token": zeros(1, 1, 192)}, "in another layout than torchvision's"),
+        ({"blocks.0.attn.qkv.weight": zeros(576, 192)}, "in another layout than"),
+        ({"encoder.layers.0.norm1.bias": zeros(8)}, "in another layout than"),
         ({"params/conv1/kernel": zeros(3, 3, 3, 4)}, "a Flax name"),
         ({"features.0.weight": zeros(64, 3, 3, 3)}, "no architecture here has such"),
         ({}, "no arrays"),
@@ -469,8 +705,34 @@ def test_other_kinds_of_networks_are_refused_by_their_kind(arrays, reason):
     refusal(arrays, "resnet_18")
 
 
+def test_a_bottleneck_net_for_small_images_is_refused():
+    arrays = imagenet_resnet(RESNET_34, bottleneck=True, stem=1).arrays
+    arrays["conv1.weight"] = zeros(1, 3, 3, 3)
+    message = refusal(arrays, "imagenet_resnet_50")
+    assert "a bottleneck ResNet without torchvision's 7x7 stem; accepted" in message
+
+
+@pytest.mark.slow
+def test_deeper_and_wider_bottleneck_nets_are_refused():
+    arrays = imagenet_resnet((3, 4, 23, 3), bottleneck=True, stem=1).arrays
+    assert "closest is imagenet_resnet_50: 306 left over ('layer3.6" in refusal(arrays)
+    arrays = imagenet_resnet(RESNET_34, bottleneck=True).arrays
+    # As ResNeXt has it, in two groups.
+    arrays["layer1.0.conv2.weight"] = zeros(4, 2, 3, 3)
+    expected = "'layer1.0.conv2.weight' is [4, 2, 3, 3], expected [4, 4, 3, 3]"
+    assert expected in refusal(arrays)
+
+
+@pytest.mark.slow
+def test_a_transformer_of_another_depth_is_refused():
+    assert "closest is vit_b_16: 12 missing (" in refusal(vit(depth=11).arrays)
+    message = refusal(vit(depth=13).arrays)
+    assert "12 left over ('encoder.layers.encoder_layer_12.ln_1.weight' [64]" in message
+
+
 @pytest.mark.parametrize(
-    "arch", ["vit_tiny", "resnet_50", "wrn_22_1", "wrn_16_99999999", "x\n", ""]
+    "arch",
+    ["vit_tiny", "vit_b_32", "resnet_50", "wrn_22_1", "wrn_16_99999999", "x\n", ""],
 )
 def test_an_architecture_without_a_map_is_refused(arch):
     message = refusal(wrn(10, 1).arrays, arch)
@@ -487,7 +749,7 @@ def test_an_architecture_without_a_map_is_refused(arch):
         ("conv1.weight", zeros(0, 3, 3, 3), "'conv1.weight' is [0, 3, 3, 3], expec"),
         ("conv1.weight", zeros(10**9, 0, 3, 3), "each 1 to 65536"),
         ("block1.layer.0.conv1.weight", zeros(10**9, 0, 3, 3), "channels; at most"),
-        ("conv1.weight", zeros(4), "only stems [channels, inputs, 3, 3] are acc"),
+        ("conv1.weight", zeros(4), "only stems [channels, inputs, 3, 3] and [ch"),
         ("block1.layer.0.conv1.weight", np.float32(0), "closest is wrn_10_1"),
     ],
 )
@@ -497,6 +759,58 @@ def test_sizes_are_checked_before_they_are_used(name, array, reason):
     if array is not None:
         arrays[name] = np.asarray(array)
     assert reason in refusal(arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "reason"),
+    [
+        ("conv_proj.weight", None, "'conv_proj.weight' [channels, inputs, 16, 16] is"),
+        ("conv_proj.weight", zeros(2**20, 0, 16, 16), "each 1 to 65536"),
+        ("conv_proj.weight", zeros(100, 3, 16, 16), "100 channels a token; accepted"),
+        (
+            "conv_proj.weight",
+            zeros(64, 3, 32, 32),
+            "[64, 3, 32, 32], expected [64, 3, ",
+        ),
+        ("heads.head.weight", None, "'heads.head.weight' [classes, inputs] is missing"),
+        ("heads.head.weight", zeros(2**20, 0), "'heads.head.weight' is [1048576, 0],"),
+        ("encoder.pos_embedding", None, "'encoder.pos_embedding' [1, 1 + patches, ch"),
+        ("encoder.pos_embedding", zeros(5, 64), "expected [1, 1 + patches, channels]"),
+        ("encoder.pos_embedding", zeros(1, 10**9, 0), "each 1 to 65536"),
+        ("encoder.pos_embedding", zeros(1, 1, 64), "has 1 positions; expected a class"),
+        ("encoder.pos_embedding", zeros(1, 4, 64), "has 4 positions; expected a class"),
+        (
+            "encoder.pos_embedding",
+            zeros(2, 5, 64),
+            "is [2, 5, 64], expected [1, 5, 64]",
+        ),
+        ("class_token", zeros(1, 64), "'class_token' is [1, 64], expected [1, 1, 64]"),
+        (
+            "encoder.layers.encoder_layer_0.self_attention.in_proj_bias",
+            zeros(191),
+            "is [191], expected [192]",
+        ),
+    ],
+)
+def test_sizes_of_a_transformer_are_checked_before_they_are_used(name, array, reason):
+    arrays = vit().arrays
+    del arrays[name]
+    if array is not None:
+        arrays[name] = array
+    assert reason in refusal(arrays)
+    assert reason in refusal(arrays, "vit_b_16")
+
+
+@pytest.mark.slow
+def test_the_largest_transformer_the_bounds_let_through_is_compared():
+    arrays = vit().arrays
+    # One number in memory each, as large as the bounds allow.
+    huge = {"conv_proj.weight": (2**16, 3, 16, 16)}
+    huge["encoder.pos_embedding"] = (1, 1 + 255**2, 2**16)
+    for name, shape in huge.items():
+        arrays[name] = np.broadcast_to(np.float32(0), shape)
+    expected = "self_attention.in_proj_bias' is [192], expected [196608]"
+    assert expected in refusal(arrays, "vit_b_16")
 
 
 def test_the_widest_network_the_bound_lets_through_is_compared():

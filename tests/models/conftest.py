@@ -27,6 +27,18 @@ def _conv(x, kernel, *, stride=1):
     return out
 
 
+def _max_pool(x):
+    """The largest of 3 x 3 pixels around every second pixel; outside there are none."""
+    batch, height, width, channels = x.shape
+    out = np.zeros((batch, (height + 1) // 2, (width + 1) // 2, channels))
+    for row in range(out.shape[1]):
+        for column in range(out.shape[2]):
+            top, left = max(0, 2 * row - 1), max(0, 2 * column - 1)
+            window = x[:, top : 2 * row + 2, left : 2 * column + 2]
+            out[:, row, column] = window.max(axis=(1, 2))
+    return out
+
+
 def _batch_norm(x, params, stats):
     centred = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
     return centred * params["scale"] + params["bias"]
@@ -55,12 +67,16 @@ def oracle():
     """The float64 layers under their usual names."""
     return types.SimpleNamespace(
         conv=_conv,
+        max_pool=_max_pool,
         batch_norm=_batch_norm,
         layer_norm=_layer_norm,
         dense=_dense,
         relu=_relu,
         gelu=_gelu,
     )
+
+
+_EMBEDDINGS = ("position_embedding", "class_token")
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +92,7 @@ def trained_looking():
         def draw(path, leaf):
             if path[-1].key in ("scale", "var"):
                 values = generator.uniform(0.5, 1.5, leaf.shape)
-            elif path[-1].key in ("bias", "mean", "position_embedding"):
+            elif path[-1].key in ("bias", "mean", *_EMBEDDINGS):
                 values = generator.normal(0.0, 0.3, leaf.shape)
             else:
                 values = generator.normal(0.0, np.asarray(leaf).std(), leaf.shape)
