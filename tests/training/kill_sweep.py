@@ -169,7 +169,7 @@ def publish(kind: str, folder: pathlib.Path, version: int) -> None:
     import numpy as np
 
     from nad_jax import workdir as workdir_lib
-    from nad_jax.interop import safetensors_reader
+    from nad_jax.interop import safetensors_file
     from nad_jax.report import schema
 
     run = workdir_lib.Workdir(folder, {"a": 1})
@@ -179,7 +179,7 @@ def publish(kind: str, folder: pathlib.Path, version: int) -> None:
             schema.write_json(folder / "report.json", [version] * _VALUES)
         else:
             arrays = {"a": np.full(_VALUES, version, np.float32)}
-            safetensors_reader.write_safetensors(folder / "model", arrays)
+            safetensors_file.write_safetensors(folder / "model", arrays)
     finally:
         run.close()
 
@@ -288,7 +288,7 @@ def _judge_published(kind: str, folder: pathlib.Path, committed: list[int]) -> d
 def _version(path: pathlib.Path) -> int | None:
     """What every value of a published file is; None if it is not whole."""
     from nad_jax import errors
-    from nad_jax.interop import safetensors_reader
+    from nad_jax.interop import safetensors_file
 
     try:
         if path.suffix == ".json":
@@ -296,7 +296,7 @@ def _version(path: pathlib.Path) -> int | None:
         elif path.suffix == ".html":
             values = [int(line) for line in path.read_text("utf-8").splitlines()]
         else:
-            values = safetensors_reader.read_safetensors(path)[0]["a"].tolist()
+            values = safetensors_file.read_safetensors(path)[0]["a"].tolist()
     except (ValueError, OSError, errors.InputError):
         return None
     return int(values[0]) if values == [values[0]] * _VALUES else None
