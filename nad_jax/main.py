@@ -18,8 +18,8 @@ On several machines, start the same command on each; in SLURM, Open MPI, Kuberne
 TPU pod they find each other (launch/README.md), or stop. Elsewhere each is also given
 --coordinator_address=HOST:PORT, --num_processes=N, --process_id=0..N-1.
 --distributed=required refuses to run alone unless --num_processes=1 says so,
---distributed=off insists on it. They wait --wait_seconds=300 for each other. A signal to
-one of them stops all.
+--distributed=off insists on it. They wait --wait_seconds=300 for each other. A signal
+to one of them stops all.
 """
 
 import contextlib
