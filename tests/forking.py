@@ -104,22 +104,23 @@ class Server:
         """What `answer` returned, or "error" and what it raised."""
         if self._child is None:
             self._start()
-        self._questions.write(json.dumps(arguments) + "\n")
-        self._questions.flush()
-        line = self._told.readline()
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._questions, json.dumps(arguments).encode() + b"\n")
+            line = self._told.readline()
         if not line:
             status = finish(self._child, self._told).status
+            os.close(self._questions)
             self._child = None
-            return {"error": f"the judge ended with wait status {status}"}
+            return {"error": f"the answering child ended with wait status {status}"}
         return json.loads(line)["told"]
 
     def _start(self) -> None:
-        reading, writing = os.pipe()
-        self._questions = os.fdopen(writing, "w", encoding="utf-8")
+        reading, self._questions = os.pipe()
 
         def work(tell):
             # Or it would wait for itself once the parent is gone.
-            os.close(writing)
+            os.close(self._questions)
             with open(reading, encoding="utf-8") as questions:
                 for line in questions:
                     try:

@@ -22,6 +22,8 @@ optionally `model`, `weight_bits` and `act_bits`. Entries of `curves` hold `seed
 A run against a planted backdoor is found by `attack`, `dataset` and `seed` (a list if
 there were several); one that rounds weights also by `weight_bits`, and it holds the
 list `acceptance`: whether the attack was what it claims to be (`nad_jax.acceptance`).
+`made_by` lists commit, versions and number of devices of every run that had a part in
+it, this one first, if they differ.
 """
 
 import dataclasses

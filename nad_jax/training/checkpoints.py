@@ -8,7 +8,8 @@ since Orbax casts leaves to what is asked for, refuses empty ones, and reads the
 concurrently, which leaves stray errors of other threads behind when one is damaged.
 
 Ours, too: the hash of every file (`receipts`), falling back to the previous step when
-the newest is damaged, and the choice of the steps to keep. Nothing is pickled. The
+the newest is damaged, and the choice of the steps to keep: the newest, since what a
+training holds for its best is part of every tree it saves. Nothing is pickled. The
 directory is the only memory: every call lists it afresh, so a step that a crash took
 away is never asked for. One writer per directory; of several processes (`agreement`)
 the first, which must not be waiting for the others here.
