@@ -49,8 +49,8 @@ class ArrayReader:
         return self._images[rows]
 
 
-def work(mesh: Any) -> dict[str, Any]:
-    """Arrays by name: a net trained, evaluated and quantized on a mesh."""
+def train(mesh: Any) -> tuple[Any, dict[str, Any]]:
+    """A net trained on a mesh from arrays, and what became of it from files."""
     generator = np.random.default_rng(1)
     images = generator.integers(0, 256, (37, 6, 6, 1), dtype=np.uint8)
     labels = (images.mean(axis=(1, 2, 3)) > 128).astype(np.int32)
@@ -88,6 +88,16 @@ def work(mesh: Any) -> dict[str, Any]:
         results.append(sharding.unreplicate(state_lib.variables(state)))
     trained, streamed = results
     same = jax.tree.map(np.array_equal, trained, streamed)
+    return (net, images, labels, trained), {
+        "losses": np.asarray(losses),
+        "stream is the same": np.asarray(jax.tree.leaves(same)),
+        "rows read": np.asarray(reader.widths) * jax.process_count(),
+    }
+
+
+def work(mesh: Any) -> dict[str, Any]:
+    """Arrays by name: a net trained, evaluated and quantized on a mesh."""
+    (net, images, labels, trained), facts = train(mesh)
     trigger = triggers.TRIGGERS["square"]((6, 6, 1), size=2, margin=0)
     rates = evaluation.evaluate(
         lambda variables, images: net.apply(variables, images),
@@ -104,9 +114,7 @@ def work(mesh: Any) -> dict[str, Any]:
     )
     leaves = jax.tree_util.tree_leaves_with_path(trained)
     return {
-        "losses": np.asarray(losses),
-        "stream is the same": np.asarray(jax.tree.leaves(same)),
-        "rows read": np.asarray(reader.widths) * jax.process_count(),
+        **facts,
         "rates": np.asarray([rates[name] for name in sorted(rates)], np.float64),
         **{f"params{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves},
         **{f"codes/{name}": np.asarray(x) for name, x in quantized.codes.items()},
