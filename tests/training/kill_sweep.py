@@ -168,15 +168,15 @@ def publish(kind: str, folder: pathlib.Path, version: int) -> None:
     """Writes the last files of a run, which all hold their version."""
     import numpy as np
 
+    from nad_jax import whole_file
     from nad_jax import workdir as workdir_lib
     from nad_jax.interop import safetensors_file
-    from nad_jax.report import schema
 
     run = workdir_lib.Workdir(folder, {"a": 1})
     try:
         if kind == "report":
-            schema.write_text(folder / "report.html", f"{version}\n" * _VALUES)
-            schema.write_json(folder / "report.json", [version] * _VALUES)
+            whole_file.write_text(folder / "report.html", f"{version}\n" * _VALUES)
+            whole_file.write_json(folder / "report.json", [version] * _VALUES)
         else:
             arrays = {"a": np.full(_VALUES, version, np.float32)}
             safetensors_file.write_safetensors(folder / "model", arrays)
