@@ -40,6 +40,7 @@ def _attack(variant: str) -> settings.PoisoningSettings:
     return config.attack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["badnets", "wanet"])
 def test_poison_is_the_same_in_files_and_in_memory(variant, npz):
     """And what the functions of `poisoning` make of the whole set at once."""

@@ -61,6 +61,7 @@ def _one_line(raised: pytest.ExceptionInfo) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [None, 5])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_images_in_files_are_those_in_memory(kind, image_size, tmp_path):
@@ -212,6 +213,19 @@ def test_a_file_that_is_damaged_already_is_not_opened(kind, tmp_path):
             if kind == "tfds":  # a picture is looked at when it is read
                 data.images[:]
         _one_line(raised)
+
+
+def test_a_wrong_pixel_far_inside_of_an_npz_is_noticed(tmp_path):
+    """Its checksum is compared over all of the images, not where reading begins."""
+    images = np.zeros((40, 40, 40, 3), np.uint8)
+    path = tmp_path / "x.npz"
+    np.savez(path, images=images, labels=np.arange(40) % 2)
+    bad = bytearray(path.read_bytes())
+    bad[images.nbytes // 2] ^= 1
+    path.write_bytes(bad)
+    with pytest.raises(errors.InputError, match=str(path)) as raised:
+        _open({"name": "npz", "data_dir": path})
+    _one_line(raised)
 
 
 def test_a_picture_of_another_size_is_named(tmp_path):
