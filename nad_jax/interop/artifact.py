@@ -18,6 +18,7 @@ the float weights to another quantizer would round them anew and undo the defenc
 
 import dataclasses
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -192,7 +193,7 @@ def _read_card(text: object):
                 f"a card of {len(text)} characters; at most "
                 f"{limits.MAX_CARD_CHARS} are read"
             )
-        card = json.loads(text, parse_constant=_refuse_constant)
+        card = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if not isinstance(card, dict) or card.pop("format", None) != FORMAT:
             raise ValueError("its card names no such format")
         grids = card.pop("grids")
@@ -219,8 +220,11 @@ def _read_card(text: object):
     return card, specs, act_spec
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"its card holds {name}")
+def _finite(text: str) -> float:
+    """A number of the card; NaN and Infinity come here, too, and 1e999 is one."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"its card holds {text}")
+    return float(text)
 
 
 def _kernel_name(layer: str) -> str:

@@ -165,6 +165,7 @@ def _change_card(metadata, more):
         (lambda a, m: _change_card(m, '"x": "' + "y" * 2**20 + '"'), "at most 1048576"),
         (lambda a, m: _change_card(m, '"x": NaN'), "card holds NaN"),
         (lambda a, m: _change_card(m, '"x": [-Infinity]'), "card holds -Infinity"),
+        (lambda a, m: _change_card(m, '"x": 1e999'), "card holds 1e999"),
         (
             lambda a, m: m.update(card=m["card"].replace('"bits": 4', '"bits": 9')),
             "artifact/1: 'Conv_0.bits must be 2 to 8, got 9'",
