@@ -42,6 +42,8 @@ def number(rng: random.Random) -> int:
 
 def mutate_bytes(rng: random.Random, data: bytes, tokens: list[int]) -> bytes:
     """One change at a token boundary, or anywhere once in a while."""
+    if not data:  # An empty tensor has no bytes to change.
+        return rng.randbytes(rng.choice((0, 1, 4, 64)))
     buffer = bytearray(data)
     at = (
         rng.choice(tokens)
