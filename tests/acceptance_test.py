@@ -23,7 +23,7 @@ def row(name, model="backdoored", acc=0.9, asr=0.0, bits=None):
 def accept(**changes):
     facts = {
         "clean": row("float", "clean", 0.9, 0.01),
-        "backdoored": row("float", acc=0.885, asr=0.05),
+        "backdoored": row("float", acc=0.885, asr=0.02),
         "own": {4: {"acc": 0.8, "asr": 0.95}, 8: {"acc": 0.8, "asr": 1.0}},
         "nearest": row("nearest", acc=0.5, asr=0.95, bits=4),
         **changes,
@@ -34,7 +34,7 @@ def accept(**changes):
 def test_a_good_attack_is_accepted_with_its_facts():
     facts = accept()
     assert facts["accepted"] is True
-    assert facts["float"] == {"acc": 0.885, "asr": 0.05}
+    assert facts["float"] == {"acc": 0.885, "asr": 0.02}
     assert facts["clean_model"] == {"acc": 0.9, "asr": 0.01}
     assert [entry["weight_bits"] for entry in facts["own_grid"]] == [4, 8]
     assert facts["defender_grid"] == {"weight_bits": 4, "acc": 0.5, "asr": 0.95}
@@ -45,7 +45,7 @@ def test_a_good_attack_is_accepted_with_its_facts():
     ("changes", "fails"),
     [
         ({"backdoored": row("float", acc=0.87, asr=0.0)}, "accurate"),
-        ({"backdoored": row("float", acc=0.9, asr=0.06)}, "dormant_in_float"),
+        ({"backdoored": row("float", acc=0.9, asr=0.03)}, "dormant_in_float"),
         ({"own": {4: {"acc": 0.8, "asr": 0.94}}}, "awake_on_own_grid"),
         (
             {
@@ -65,6 +65,13 @@ def test_one_failed_check_rejects_alone(changes, fails):
     names = (*names, "awake_on_defender_grid")
     assert [name for name in names if not facts[name]] == [fails]
     assert facts["accepted"] is False
+
+
+def test_a_backdoor_sleeps_that_says_no_more_than_the_clean_model():
+    """A trigger that means something to every model is not the backdoor's doing."""
+    assert accept(
+        clean=row("float", "clean", 0.9, 0.06), backdoored=row("float", asr=0.06)
+    )["dormant_in_float"]
 
 
 def test_a_run_without_the_nearest_row_is_judged_by_the_rest():
