@@ -677,8 +677,8 @@ class ModeConnectivitySettings:
     """The curve of `nad_jax.defenses.mode_connectivity`.
 
     Attributes:
-      positions: To choose the repaired net from, between 0 = victim and 1 = fine-tuned
-        copy; held-out accuracy decides. One position needs no decision.
+      positions: To choose the repaired net from, 0 = victim, 1 = fine-tuned copy;
+        held-out accuracy decides. One position needs no decision.
       accuracy_tolerance: What held-out accuracy may lose for a position further from
         the victim.
       learning_rate: Peak rate for the curve; its schedule is that of the tuning.
@@ -689,8 +689,8 @@ class ModeConnectivitySettings:
     learning_rate: float = 0.01
 
     def __post_init__(self):
-        good = bool(self.positions) and all(0 < p < 1 for p in self.positions)
-        _check(self, "positions", good, "one or more numbers in (0, 1)")
+        good = bool(self.positions) and all(0 <= p <= 1 for p in self.positions)
+        _check(self, "positions", good, "one or more numbers in [0, 1]")
         _check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
         _check(self, "learning_rate", self.learning_rate > 0, "> 0")
 

@@ -56,17 +56,20 @@ def test_models_of_another_config_are_refused(section, change, words, tmp_path):
 @pytest.mark.slow
 def test_float_repairs_make_two_rows_each(tmp_path):
     sections = config_file.get_config("controls+smoke")
-    sections.defense.roundings = ("nearest", "ocs")
+    sections.defense.roundings = ("nearest",)
+    sections.repairs.rows = ("fine_tuning",)
     config = settings.parse(sections.to_dict())
     workdir = workdir_lib.Workdir(tmp_path, {})
     report = efrap_experiment.run(config, workdir)
     workdir.close()
     rows = [r["name"] for r in report["rows"] if r["model"] == "backdoored"]
-    repaired = ["fine_tuning", "fine_tuning_nearest", "nad", "nad_nearest"]
+    repaired = ["fine_tuning", "fine_tuning_nearest"]
     assert rows == ["float", *config.defense.roundings, *repaired]
     by_name = {r["name"]: r for r in report["rows"] if r["model"] == "backdoored"}
-    assert by_name["nad"]["weight_bits"] is None
-    assert by_name["nad_nearest"]["weight_bits"] == 4
-    assert by_name["nad_nearest"]["flip_rate"] == 0.0
+    assert by_name["fine_tuning"]["weight_bits"] is None
+    assert by_name["fine_tuning_nearest"]["weight_bits"] == 4
+    assert by_name["fine_tuning_nearest"]["flip_rate"] == 0.0
     # Repairs need labels and change floats; what they are given is not the test data.
-    assert by_name["nad"]["seconds"] > 0 and np.isfinite(by_name["nad"]["acc"])
+    assert by_name["fine_tuning"]["seconds"] > 0 and np.isfinite(
+        by_name["fine_tuning"]["acc"]
+    )

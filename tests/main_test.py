@@ -174,9 +174,9 @@ def test_a_repeated_command_gives_the_same_rows_without_training(finished):
 def test_a_run_killed_in_a_layer_ends_as_if_it_had_not_been(finished, tmp_path):
     """Bitwise; the sweep over all points is in results/reliability."""
     stage = "efrap, backdoored, seed 0"
-    code, _ = resume_sweep.start("efrap", 0, tmp_path, ["layer", stage, 4], 9)
+    code, _ = resume_sweep.run_through("efrap", 0, tmp_path, ["layer", stage, 4], 9)
     assert code == -signal.SIGKILL
-    code, line = resume_sweep.start("efrap", 0, tmp_path, None, 0)
+    code, line = resume_sweep.run_through("efrap", 0, tmp_path)
     assert code == 0, line
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "states").touch()

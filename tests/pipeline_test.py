@@ -7,15 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nad_jax import pipeline, workdir
+from configs import efrap as config_file
+from nad_jax import pipeline, settings, workdir
 from nad_jax.report import schema
 
-
-@dataclasses.dataclass
-class _Config:
-    title: str = "One row"
-
-
+CONFIG = settings.parse(config_file.get_config("smoke").to_dict())
 _ROW = schema.Row(
     name="float",
     model="backdoored",
@@ -37,14 +33,15 @@ def _origin(commit):
 
 
 def _report(path, earlier=None):
-    run = workdir.Workdir(path, {}, origin=_origin("now"))
+    run = workdir.Workdir(path, dataclasses.asdict(CONFIG), origin=_origin("now"))
     with contextlib.closing(run):
         if earlier is not None:
             like = np.zeros(2)
-            restored = pipeline.EarlierRun(str(earlier), run).stage("work", like, None)
+            config = dataclasses.replace(CONFIG, victim_workdir=str(earlier))
+            restored = pipeline.EarlierRun(config, run).stage("work", like, None)
             assert restored.tolist() == [1.0, 1.0]
         return pipeline.write_report(
-            _Config(),
+            CONFIG,
             run,
             rows=[_ROW],
             claims=(),
@@ -57,7 +54,9 @@ def _report(path, earlier=None):
 def test_stages_of_another_commit_are_told_of(tmp_path):
     assert "made_by" not in _report(tmp_path / "alone")
     with contextlib.closing(
-        workdir.Workdir(tmp_path / "earlier", {}, origin=_origin("then"))
+        workdir.Workdir(
+            tmp_path / "earlier", dataclasses.asdict(CONFIG), origin=_origin("then")
+        )
     ) as run:
         run.stage("work", np.zeros(2), lambda: np.ones(2))
     report = _report(tmp_path / "late", tmp_path / "earlier")

@@ -85,9 +85,11 @@ def arguments(job: str, seed: int, folder: pathlib.Path) -> list[str]:
     ]
 
 
-def run_through(job: str, seed: int, folder: pathlib.Path) -> str:
-    """An uninterrupted run in a new interpreter; "" or what it said at its end."""
-    order = {"point": None, "signal": 0, "states": str(folder / "states")}
+def run_through(
+    job: str, seed: int, folder: pathlib.Path, point=None, number: int = 0
+) -> tuple[int, str]:
+    """A run in a new interpreter, interrupted or not: exit code and last words."""
+    order = {"point": point, "signal": number, "states": str(folder / "states")}
     finished = subprocess.run(
         [
             sys.executable,
@@ -98,11 +100,10 @@ def run_through(job: str, seed: int, folder: pathlib.Path) -> str:
         capture_output=True,
         text=True,
         cwd=_ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         check=False,
     )
-    if finished.returncode == 0:
-        return ""
-    return f"exit code {finished.returncode}: {_last_line(finished.stderr)}"
+    return finished.returncode, _last_line(finished.stderr)
 
 
 def start(job: str, seed: int, folder: pathlib.Path, point, number: int):
@@ -199,8 +200,10 @@ def run_chain(job: str, seed: int, scratch: pathlib.Path) -> list[dict]:
     whole, broken = scratch / "whole", scratch / "broken"
     for folder in (whole, broken):
         folder.mkdir(parents=True)
-    if problem := run_through(job, seed, whole):
-        return [{"kind": kind, "number": 0, "error": f"uninterrupted: {problem}"}]
+    code, line = run_through(job, seed, whole)
+    if code:
+        error = f"uninterrupted: exit code {code}, {line}"
+        return [{"kind": kind, "number": 0, "error": error}]
     import_as(whole)
     cases = []
     for number, (what, name, place) in enumerate(POINTS[job]):

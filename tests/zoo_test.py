@@ -55,7 +55,8 @@ def run(tmp_path_factory):
     train, _ = pipeline.load_data(config.data)
     model = models.build("resnet_8", num_classes=10, width=0.25)
     key = jax.random.key(4)
-    with contextlib.closing(workdir_lib.Workdir(path, {})) as workdir:
+    own = workdir_lib.Workdir(path, dataclasses.asdict(config))
+    with contextlib.closing(own) as workdir:
         subjects = victims.obtain(
             config, train, model, workdir, seed=4, victim_key=key, poison_key=key
         )

@@ -11,7 +11,7 @@ Which point? Published figures look at t = 0.1, which was read off attack succes
 defender has clean images only, and on these every inner point may look alike. What they
 can know is how far they dare to go: taken is the point furthest from the victim whose
 held-out accuracy is within a tolerance of the best. (The far end itself is fine-tuning
-and not among the positions to choose from.)
+and not among the positions of the shipped config.)
 
 References:
   Zhao et al., "Bridging Mode Connectivity in Loss Landscapes and Adversarial
