@@ -259,26 +259,34 @@ def _make_controls(config):
         "gptq",
         "reconstruction",
     )
+    betas = _section(stage1=25.0, stage2=50.0, stage3=50.0)
+    training = _training(
+        epochs=20,
+        batch_size=32,
+        optimizer="sgd",
+        learning_rate=0.05,
+        schedule="steps",
+        milestones=(2,),
+        weight_decay=1e-4,
+        crop_padding=2,
+    )
+    if config.model.name == "vit_tiny":
+        betas.stage4 = 50.0
+    is_cifar = config.data.name == "cifar10"
+    if is_cifar:
+        betas.update(stage1=500.0, stage2=1000.0, stage3=1000.0)
+        training.update(batch_size=64, learning_rate=0.1, crop_padding=4, flip=True)
     config.repairs = _section(
         rows=("fine_tuning", "nad"),
         clean_model_rows=(),
-        clean_fraction=0.2,
+        clean_fraction=0.05 if is_cifar else 0.2,
         validation_fraction=0.1,
         teacher=config_dict.placeholder(str),
-        training=_training(
-            epochs=20,
-            batch_size=32,
-            optimizer="sgd",
-            learning_rate=0.05,
-            schedule="steps",
-            milestones=(2,),
-            weight_decay=1e-4,
-            crop_padding=2,
-        ),
+        training=training,
         patience=config_dict.placeholder(int),
         sharpness_radius=0.1,
         nad=_section(
-            betas=_section(stage1=25.0, stage2=50.0, stage3=50.0),
+            betas=betas,
             beta_unit="mean_square",
             p=2.0,
             reduction="sum",
@@ -293,14 +301,6 @@ def _make_controls(config):
             learning_rate=0.01,
         ),
     )
-    if config.model.name == "vit_tiny":
-        config.repairs.nad.betas.stage4 = 50.0
-    if config.data.name == "cifar10":
-        config.repairs.clean_fraction = 0.05
-        config.repairs.training.update(
-            batch_size=64, learning_rate=0.1, crop_padding=4, flip=True
-        )
-        config.repairs.nad.betas.update(stage1=500.0, stage2=1000.0, stage3=1000.0)
 
 
 def _make_w8(config):

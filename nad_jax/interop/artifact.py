@@ -251,15 +251,14 @@ def _params(
     for layer in {**scales, **zero_points}:
         scale: Any = scales.get(layer)
         zero_point: Any = zero_points.get(layer)
-        good = (
-            scale is not None
-            and zero_point is not None
-            and scale.shape == zero_point.shape
-            and scale.dtype == np.float32
-            and zero_point.dtype == np.int32
-            and np.all(scale > 0)
-        )
-        if not good:
+        if (
+            scale is None
+            or zero_point is None
+            or scale.shape != zero_point.shape
+            or scale.dtype != np.float32
+            or zero_point.dtype != np.int32
+            or not np.all(scale > 0)
+        ):
             raise Refusal(
                 f"{prefix}scale and {prefix}zero_point of {layer!r} must be float32 > "
                 f"0 and int32 of one shape, got {_summary(scale)} and "
