@@ -9,6 +9,10 @@ first: bit by bit, in the metrics, in parameters (largest difference relative to
 largest parameter of its array, and relative L2 distance over all), and in the 4-bit
 codes. EFRAP starts from the parameters of each run (`codes_equal`), and once more from
 one and the same net that no run has trained (`codes_equal_same_net`).
+
+Sums in another order differ in their last bits. `--optimizer=sgd` shows what becomes of
+that by itself; Adam divides each gradient by its size, and the last bits of a gradient
+near 0 become steps of full size.
 """
 
 import argparse
@@ -29,12 +33,15 @@ _RUNS = (
     ("8 devices", 1, 8),
     ("2 processes x 2 devices", 2, 2),
 )
+# Optimizer -> learning rate.
+_RATES = {"adam": 1e-3, "sgd": 0.05}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--optimizer", choices=list(_RATES), default="adam")
     parser.add_argument("--child", help="internal: where to put the arrays")
     parser.add_argument("--process", type=int, help="internal")
     parser.add_argument("--processes", type=int, default=1, help="internal")
@@ -45,7 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         outputs = [
-            _run(f"{folder}/{number}", processes, devices, arguments.epochs)
+            _run(f"{folder}/{number}", processes, devices, arguments)
             for number, (_, processes, devices) in enumerate(_RUNS)
         ]
     rows = [
@@ -53,8 +60,9 @@ def main() -> None:
         for (name, _, _), output in zip(_RUNS, outputs, strict=True)
     ]
     result = {
-        "command": "python -m benchmarks.scaling_agreement",
-        "model": "resnet_8, width 0.5, 8x8 digits, Adam, batch 64",
+        "command": "python -m benchmarks.scaling_agreement "
+        f"--optimizer={arguments.optimizer}",
+        "model": "resnet_8, width 0.5, 8x8 digits, batch 64",
         "epochs": arguments.epochs,
         "reference": _RUNS[0][0],
         "rows": rows,
@@ -64,7 +72,9 @@ def main() -> None:
         results.write(arguments.out, result)
 
 
-def _run(path: str, processes: int, devices: int, epochs: int) -> dict[str, Any]:
+def _run(
+    path: str, processes: int, devices: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     import numpy as np
 
     with socket.socket() as probe:
@@ -75,7 +85,8 @@ def _run(path: str, processes: int, devices: int, epochs: int) -> dict[str, Any]
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.scaling_agreement"),
-                *(f"--child={path}.npz", f"--epochs={epochs}", f"--port={port}"),
+                *(f"--child={path}.npz", f"--epochs={arguments.epochs}"),
+                *(f"--optimizer={arguments.optimizer}", f"--port={port}"),
                 *(f"--process={process}", f"--processes={processes}"),
             ],
             env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -124,7 +135,8 @@ def _child(arguments: argparse.Namespace) -> None:
     training = settings.TrainingSettings(
         epochs=arguments.epochs,
         batch_size=64,
-        learning_rate=1e-3,
+        optimizer=arguments.optimizer,
+        learning_rate=_RATES[arguments.optimizer],
         crop_padding=1,
         flip=False,
     )
