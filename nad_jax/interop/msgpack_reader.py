@@ -62,6 +62,8 @@ class _Decoder:
         self.cursor = bounded_file.Cursor(file)
         self.values = 0
         self.arrays = 0
+        # Arrays joined from pieces, by id; kept here, so that no id is used twice.
+        self.joined: dict[int, stored_array.PackedArray] = {}
 
     def value(self, depth: int) -> object:
         """The next value of the tree, `depth` containers down."""
@@ -188,7 +190,12 @@ class _Decoder:
         pieces: list[tuple[int, int]] = []
         dtypes = set()
         for chunk in chunks:
-            if not isinstance(chunk, stored_array.PackedArray) or len(chunk.shape) != 1:
+            # Flax does not join a piece that is a split array itself.
+            if (
+                not isinstance(chunk, stored_array.PackedArray)
+                or len(chunk.shape) != 1
+                or id(chunk) in self.joined
+            ):
                 raise Refusal("a split array with a piece that is not a flat array")
             pieces.extend(chunk.pieces)
             dtypes.add(chunk.dtype)
@@ -198,7 +205,9 @@ class _Decoder:
         there = sum(count for _, count in pieces)
         if math.prod(sizes) * dtype.itemsize != there:
             raise Refusal(f"a split array of shape {list(sizes)} with {there} bytes")
-        return stored_array.PackedArray(dtype, sizes, self.cursor.file, tuple(pieces))
+        array = stored_array.PackedArray(dtype, sizes, self.cursor.file, tuple(pieces))
+        self.joined[id(array)] = array
+        return array
 
 
 def _numbered(mapping: object) -> list[object]:

@@ -20,6 +20,8 @@ import numpy as np
 
 from nad_jax.interop import bounded_file, limits
 
+# "Version needed to extract", in tenths: the newest that the format defines.
+_NEWEST_VERSION = 63
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
@@ -171,7 +173,7 @@ def _read_directory(
         if at + _CENTRAL.size > len(data):
             raise file.error("a zip directory cut short", start + at)
         fields = _CENTRAL.unpack_from(data, at)
-        signature, _, _, flags, method, _, _, crc, packed, size = fields[:10]
+        signature, _, version, flags, method, _, _, crc, packed, size = fields[:10]
         name_length, extra_length, comment_length, disk, _, _, header = fields[10:]
         rest = at + _CENTRAL.size
         at = rest + name_length + extra_length
@@ -183,6 +185,12 @@ def _read_directory(
             raise file.error(
                 f"zip entry {shown} is compressed (method {method}); checkpoints of "
                 "torch.save are not (TorchScript and repacked archives are not read)",
+                start + rest,
+            )
+        if version > _NEWEST_VERSION:
+            raise file.error(
+                f"zip entry {shown} needs version {version / 10:g} of the format; read "
+                f"are those up to {_NEWEST_VERSION / 10:g}",
                 start + rest,
             )
         if flags & ~(_HAS_DESCRIPTOR | _IS_UTF8):

@@ -287,7 +287,7 @@ def _central_header(f: dict) -> bytes:
             "<4s6H3I5H2I",
             f["signature"] or b"PK\x01\x02",
             0,
-            0,
+            f.get("version", 0),
             f["flags"],
             f["method"],
             0,

@@ -161,6 +161,7 @@ ZIP_CASES = [
         ("unknown method", "method 99", lambda: changed(DATA, central={"method": 99})),
         ("method only in the local header", "disagree", lambda: changed(DATA, local={"method": 8})),
         ("packed size of its own", "is compressed", lambda: changed(DATA, central={"packed": 15})),
+        ("version to come", "needs version 6.4", lambda: changed(DATA, central={"version": 64})),
         ("encrypted entry", "flags", lambda: changed(DATA, central={"flags": 0x0809})),
         ("flags that differ", "disagree", lambda: changed(DATA, local={"flags": 0x0800})),
         ("names that differ", "disagree", lambda: changed(DATA, local={"name": b"model/data/9"})),

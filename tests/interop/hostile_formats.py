@@ -122,8 +122,11 @@ def array(shape: object = (2, 3), dtype: object = "float32", raw: bytes = RAW, *
 
 
 def split(shape: dict, chunks: dict, mark: object = True) -> Callable[[], bytes]:
-    parts = {"__msgpack_chunked_array__": mark, "shape": shape, "chunks": chunks}
-    return tree(parts)
+    return tree(split_parts(shape, chunks, mark))
+
+
+def split_parts(shape: dict, chunks: dict, mark: object = True) -> dict:
+    return {"__msgpack_chunked_array__": mark, "shape": shape, "chunks": chunks}
 
 
 FLAT = np.arange(3, dtype="<f4")
@@ -190,6 +193,7 @@ MSGPACK_CASES = [
         ("split array too short", "with 12 bytes", split(SHAPE, {"0": FLAT})),
         ("split array of two dtypes", "of 2 dtypes", split(SHAPE, {"0": FLAT, "1": FLAT.astype("<i4")})),
         ("split array of matrices", "not a flat array", split(SHAPE, {"0": ARRAY})),
+        ("split array in a split array", "not a flat array", split(SHAPE, {"0": split_parts({"0": 3}, {"0": FLAT})})),
         ("split array without numbers", "not numbered", split(SHAPE, {"a": FLAT, "b": FLAT})),
         ("split array that says no", "malformed split", split(SHAPE, {"0": FLAT}, mark=False)),
         ("split array of 2**80", "more than", split({"0": 2**40, "1": 2**40}, {"0": FLAT})),

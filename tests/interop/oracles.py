@@ -147,14 +147,16 @@ def _array(view: _View, storages: dict[str, bytes]) -> np.ndarray:
         raise Disagreement(f"storage {key} has {len(flat)} elements and not {size}")
     if rest and rest[0] is not None:
         flat = flat[rest[0][1] :][: rest[0][2]]
+    if 0 in shape:  # Its other axes may be of any length.
+        return np.zeros(shape, dtype)
     # Positions of all elements, by broadcasting one axis after the other.
     at = np.full(shape, offset, np.int64)
     for axis, (length, step) in enumerate(zip(shape, strides, strict=True)):
         row = np.arange(length, dtype=np.int64) * step
         at += row.reshape((-1,) + (1,) * (len(shape) - axis - 1))
-    if at.size and (at.min() < 0 or at.max() >= len(flat)):
+    if at.min() < 0 or at.max() >= len(flat):
         raise Disagreement("a view leaves its storage")
-    return flat[at] if at.size else np.zeros(shape, dtype)
+    return flat[at]
 
 
 def safetensors_candidates(data: bytes) -> Iterator[Arrays]:
@@ -184,7 +186,8 @@ def _leaves(tree: dict, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}/")
         else:
-            yield prefix + key, np.asarray(value)
+            known = isinstance(value, (bool, int, float, np.ndarray, np.generic))
+            yield prefix + key, np.asarray(value if known else None)
 
 
 def check(format_name: str, data: bytes, arrays: Arrays) -> None:
