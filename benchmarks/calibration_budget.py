@@ -35,7 +35,7 @@ def image_sets(
 ) -> dict[str, jax.Array]:
     """Name -> float images `[n, H, W, C]`."""
     images = roundings.calibration_images(train, _COUNTS[0], key)
-    generator = np.random.default_rng(jax.random.key_data(key)[-1])
+    generator = np.random.default_rng(int(jax.random.key_data(key)[-1]))
     noise = generator.random(images.shape, np.float32)
     pixels = np.asarray(images).reshape(len(images), -1, images.shape[-1])
     shuffled = generator.permuted(pixels, axis=1).reshape(images.shape)

@@ -45,6 +45,7 @@ def inspect_run(workdir: pathlib.Path, num_images: int) -> list[dict]:
                     "model": name,
                     "score": found.score,
                     "tie_ratio": found.tie_ratio,
+                    "tie_limit": found.tie_limit,
                     "outlier_ratio": found.outlier_ratio,
                     "drift": found.drift,
                     "drift_by_chance": found.drift_by_chance,

@@ -73,6 +73,7 @@ def run(
                     "preset": preset,
                     "weight_bits": bits,
                     "score": found.score,
+                    "tie_limit": found.tie_limit,
                     "drift_ratio": found.drift_ratio,
                     **dataclasses.asdict(found),
                 }
@@ -85,7 +86,6 @@ def run(
         "float_model_sha256": checkpoint.sha256,
         "suspicious": bool(suspicious),
         "limits": {
-            "tie_ratio": rounding_inspection.TIE_LIMIT,
             "drift_ratio": rounding_inspection.DRIFT_LIMIT,
             "outlier_ratio": rounding_inspection.OUTLIER_LIMIT,
         },

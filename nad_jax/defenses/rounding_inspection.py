@@ -35,8 +35,10 @@ from nad_jax.models import layers as layers_lib
 TIE_DISTANCE = 0.05
 # Steps of the grids that tell what to expect, as multiples of the real one's.
 _OTHER_STEPS = (0.83, 0.87, 0.91, 0.95, 1.05, 1.09, 1.13, 1.17)
-# Above these a model is suspicious.
-TIE_LIMIT, DRIFT_LIMIT, OUTLIER_LIMIT = 1.2, 1.5, 60.0
+# Above these a model is suspicious. `benchmarks.inspection_rates` tells how often they
+# are right; ties must also be more than counting so few weights explains.
+TIE_LIMIT, DRIFT_LIMIT, OUTLIER_LIMIT = 1.05, 1.5, 60.0
+_TIE_DEVIATIONS = 4.0
 # Share of images below which a drift is not told from none.
 _LEAST_DRIFT = 0.02
 
@@ -81,10 +83,16 @@ class Inspection:
         return self.drift / max(self.drift_by_chance, _LEAST_DRIFT)
 
     @property
+    def tie_limit(self) -> float:
+        """`TIE_LIMIT`, or four standard deviations of the count if that is more."""
+        expected = sum(layer.expected_near_ties for layer in self.layers)
+        return max(TIE_LIMIT, 1.0 + _TIE_DEVIATIONS / max(expected, 1.0) ** 0.5)
+
+    @property
     def score(self) -> float:
         """Largest ratio of a finding to its limit; above 1 is suspicious."""
         return max(
-            self.tie_ratio / TIE_LIMIT,
+            self.tie_ratio / self.tie_limit,
             self.outlier_ratio / OUTLIER_LIMIT,
             self.drift_ratio / DRIFT_LIMIT,
         )

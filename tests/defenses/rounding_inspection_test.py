@@ -81,6 +81,18 @@ def test_weights_at_the_edges_of_their_cells_are_found_on_that_grid_only():
     assert look(to_the_edge, grid="onnxruntime").tie_ratio < 1.5
 
 
+def test_few_weights_need_more_ties_to_be_suspicious():
+    def layer(expected):
+        return rounding_inspection.LayerInspection("a", 10, 0, expected, 1.0)
+
+    def limit(*layers):
+        return rounding_inspection.Inspection(layers, 1.0, 1.0, 0.0, 0.0).tie_limit
+
+    # A count of 100 scatters by 10: four times that is 40 %.
+    assert limit(layer(60.0), layer(40.0)) == pytest.approx(1.4)
+    assert limit(layer(1e6)) == rounding_inspection.TIE_LIMIT
+
+
 def test_an_outlier_is_found_though_no_tie_is():
     found = look(outlier)
     assert found.outlier_ratio > rounding_inspection.OUTLIER_LIMIT and found.score > 1

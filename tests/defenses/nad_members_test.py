@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors, settings
-from nad_jax.defenses import base, nad, nad_sweep
+from nad_jax.defenses import base, nad, nad_members
 from nad_jax.training import members
 
 STAGES = ("stage1", "stage2")
@@ -16,7 +16,7 @@ STAGES = ("stage1", "stage2")
 def students(victim, other_variables):
     """Two seeds, two betas, two teachers: no two members are alike."""
     return [
-        nad_sweep.Member(victim.variables, teacher, dict.fromkeys(STAGES, beta), key)
+        nad_members.Member(victim.variables, teacher, dict.fromkeys(STAGES, beta), key)
         for teacher, beta, key in (
             (other_variables, 0.0, jax.random.key(1)),
             (other_variables, 100.0, jax.random.key(1)),
@@ -32,7 +32,7 @@ def test_members_end_where_they_end_alone(
     victim, students, clean_data, tuning, devices, written_out
 ):
     mesh = members.member_mesh(len(students)) if devices > 1 else None
-    sweep = nad_sweep.run(
+    sweep = nad_members.run(
         victim.model, students, clean_data, tuning, mesh=mesh, written_out=written_out
     )
     for student, got in zip(students, sweep, strict=True):
@@ -65,16 +65,16 @@ def test_a_mesh_shares_members_evenly():
 @pytest.mark.slow
 def test_mistakes_are_named(victim, students, clean_data, tuning):
     def run(students, tuning=tuning, **options):
-        nad_sweep.run(victim.model, students, clean_data, tuning, **options)
+        nad_members.run(victim.model, students, clean_data, tuning, **options)
 
     with pytest.raises(errors.InputError, match="at least one member, got 0"):
         run([])
     with pytest.raises(errors.InputError, match="patience must be None, got 3"):
         run(students, settings.TuningSettings(tuning.training, patience=3))
-    less = nad_sweep.Member(victim.variables, {}, {"stage1": 1.0}, jax.random.key(0))
+    less = nad_members.Member(victim.variables, {}, {"stage1": 1.0}, jax.random.key(0))
     with pytest.raises(errors.InputError, match="the same stages"):
         run([*students, less])
-    negative = nad_sweep.Member(victim.variables, {}, {"stage1": -1.0}, less.key)
+    negative = nad_members.Member(victim.variables, {}, {"stage1": -1.0}, less.key)
     with pytest.raises(errors.InputError, match=r"negative, got -1\.0"):
         run([negative])
     with pytest.raises(errors.InputError, match="3 members cannot be shared by 4"):
