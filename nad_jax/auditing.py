@@ -129,7 +129,8 @@ def audit(
       module: The Linen module of the variables.
       arch: What a checkpoint is said to be; None finds it.
       images: Clean float images `[N, H, W, C]` in [0, 1], a few hundred or more.
-        Without them only nearest rounding can be called honest.
+        Without them only nearest rounding of weights can be called honest, with layer
+        inputs in float.
       apply_kwargs: Keyword arguments of the module's call; default `{"train": False}`
         for a checkpoint, none for variables.
       check_stop: Called before each layer; whatever it raises ends the audit.
@@ -174,6 +175,8 @@ def audit(
             floats, integers, images, layers, offsets, check_stop=check_stop
         )
         reasons += audit_grids.find_in_sums(floats, integers, images)
+    elif integers.act_spec is not None:
+        reasons.append("grids of layer inputs were not measured, give clean images")
     reasons += audit_rest.find(floats, integers, layers, grids, shape)
     return Audit(
         integers.format,

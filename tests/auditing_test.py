@@ -359,6 +359,9 @@ def test_without_images_only_nearest_is_honest(case, tmp_path):
     found = _audit(case, _quantized(case, "coordinate"), tmp_path, images=None)
     assert {layer.rounding for layer in found.layers} == {"not judged"}
     assert all("give clean images" in finding for finding in found.findings)
+    with_inputs = _with_activations(case, _quantized(case, "nearest"), 8)
+    (finding,) = _audit(case, with_inputs, tmp_path, images=None).findings
+    assert finding == "grids of layer inputs were not measured, give clean images"
 
 
 def _onnx_file(result, path):
