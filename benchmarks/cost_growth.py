@@ -98,7 +98,6 @@ def draw(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     names = [name for name in found if name in _VALUES]
     width = _LEFT + len(names) * (_PANEL + _GAP)
     shapes: list[markup.Child] = [
-        markup.el("rect", width=width, height=_TOP + _PANEL + 60, fill="white"),
         markup.el(
             "text",
             "EFRAP, times its first point: seconds (blue), peak memory (orange)",
@@ -135,18 +134,7 @@ def draw(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             label = f"{times}x"
             shapes.append(markup.el("text", label, x=x, y=bottom, text_anchor="middle"))
             shapes.append(markup.el("text", label, x=left - 6, y=y, text_anchor="end"))
-    return (
-        markup.el(
-            "svg",
-            shapes,
-            xmlns="http://www.w3.org/2000/svg",
-            width=width,
-            height=_TOP + _PANEL + 60,
-            font_family="sans-serif",
-            font_size=12,
-        )
-        + "\n"
-    )
+    return markup.picture(shapes, width=width, height=_TOP + _PANEL + 60)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -281,25 +281,8 @@ def _make_controls(config):
         clean_model_rows=(),
         clean_fraction=0.05 if is_cifar else 0.2,
         validation_fraction=0.1,
-        teacher=config_dict.placeholder(str),
         training=training,
-        patience=config_dict.placeholder(int),
-        sharpness_radius=0.1,
-        nad=_section(
-            betas=betas,
-            beta_unit="mean_square",
-            p=2.0,
-            reduction="sum",
-            teacher_epochs=10,
-            beta_factors=(1.0,),
-            accuracy_tolerance=0.01,
-        ),
-        fine_pruning=_section(max_accuracy_drop=0.04),
-        mode_connectivity=_section(
-            positions=(0.1, 0.3, 0.5, 0.7, 0.9),
-            accuracy_tolerance=0.01,
-            learning_rate=0.01,
-        ),
+        nad=_section(betas=betas, teacher_epochs=10),
     )
 
 

@@ -5,12 +5,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from nad_jax import auditing, roundings, settings, whole_file
+from nad_jax import auditing, pipeline, roundings, settings
 from nad_jax import workdir as workdir_lib
-from nad_jax.data import sources
-from nad_jax.report import schema
 from nad_jax.training import environment
 
 
@@ -27,15 +23,7 @@ def run(
     """
     environment.check_canary()
     assert config.float_model is not None and config.integer_file is not None
-    train = sources.load(
-        config.data.name,
-        split="train",
-        data_dir=config.data.data_dir,
-        image_size=config.data.image_size,
-    )
-    images = roundings.calibration_images(
-        train, config.images, jax.random.key(config.seed)
-    )
+    images = roundings.load_calibration_images(config.data, config.images, config.seed)
     with workdir.timed("audit"):
         result = auditing.audit(
             config.float_model,
@@ -53,20 +41,16 @@ def run(
     for finding in result.findings:
         workdir.say(f"found: {finding}")
     workdir.say(f"verdict: {'honest' if result.honest else 'findings'}")
-    report = {
-        "command": command,
-        "config": dataclasses.asdict(config),
+    content = {
         "float_model_sha256": result.float_model_sha256,
         "integer_file_sha256": result.integer_file_sha256,
         "honest": result.honest,
         "findings": list(result.findings),
         "audit": dataclasses.asdict(result),
-        "versions": environment.describe()["versions"],
-        "seconds": workdir.seconds,
     }
-    report = schema.plain(report, "audit")
-    whole_file.write_json(workdir.path / "audit.json", report)
-    return report
+    return pipeline.write_findings(
+        "audit", content, config=config, workdir=workdir, command=command
+    )
 
 
 def exit_code(report: Mapping[str, Any]) -> int:

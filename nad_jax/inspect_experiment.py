@@ -9,15 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from nad_jax import roundings, settings, whole_file
+from nad_jax import audit_files, pipeline, roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.core import grids
-from nad_jax.data import sources
 from nad_jax.defenses import rounding_inspection
-from nad_jax.interop import name_maps, reader
-from nad_jax.report import schema
 from nad_jax.training import environment
 
 
@@ -34,32 +29,23 @@ def run(
     """
     environment.check_canary()
     assert config.float_model is not None
-    checkpoint = reader.read_checkpoint(config.float_model)
-    converted = name_maps.convert(
-        checkpoint.arrays, config.arch, source=config.float_model
+    floats = audit_files.read_floats(
+        config.float_model, module=None, arch=config.arch, apply_kwargs=None
     )
-    train = sources.load(
-        config.data.name,
-        split="train",
-        data_dir=config.data.data_dir,
-        image_size=config.data.image_size,
-    )
-    images = roundings.calibration_images(
-        train, config.images, jax.random.key(config.seed)
-    )
+    images = roundings.load_calibration_images(config.data, config.images, config.seed)
     entries = []
     for preset in config.presets:
         for bits in config.weight_bits:
             workdir.check_stop()
             with workdir.timed("inspect"):
                 found = rounding_inspection.inspect(
-                    converted.model,
-                    converted.variables,
+                    floats.module,
+                    floats.variables,
                     images,
                     weight_bits=bits,
                     act_bits=config.act_bits,
                     grid=grids.named(preset),
-                    apply_kwargs=roundings.EVAL,
+                    apply_kwargs=floats.apply_kwargs,
                 )
             workdir.say(
                 f"W{bits} {preset:<16} score {found.score:5.2f}: ties "
@@ -80,22 +66,18 @@ def run(
             )
     suspicious = [entry for entry in entries if entry["score"] > 1]
     workdir.say(f"verdict: {'suspicious' if suspicious else 'nothing found'}")
-    report = {
-        "command": command,
-        "config": dataclasses.asdict(config),
-        "float_model_sha256": checkpoint.sha256,
+    content = {
+        "float_model_sha256": floats.sha256,
         "suspicious": bool(suspicious),
         "limits": {
             "drift_ratio": rounding_inspection.DRIFT_LIMIT,
             "outlier_ratio": rounding_inspection.OUTLIER_LIMIT,
         },
         "inspections": entries,
-        "versions": environment.describe()["versions"],
-        "seconds": workdir.seconds,
     }
-    report = schema.plain(report, "inspection")
-    whole_file.write_json(workdir.path / "inspection.json", report)
-    return report
+    return pipeline.write_findings(
+        "inspection", content, config=config, workdir=workdir, command=command
+    )
 
 
 def exit_code(report: Mapping[str, Any]) -> int:

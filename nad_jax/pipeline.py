@@ -397,6 +397,27 @@ def claim(text: str, passed: bool) -> dict[str, Any]:
     return {"text": text, "passed": bool(passed)}
 
 
+def write_findings(
+    name: str,
+    content: Mapping[str, Any],
+    *,
+    config: Any,
+    workdir: workdir_lib.Workdir,
+    command: str | None,
+) -> dict[str, Any]:
+    """Writes what a job without rows has found as `name`.json; returns all of it."""
+    report = {
+        "command": command,
+        "config": dataclasses.asdict(config),
+        **content,
+        "versions": environment.describe()["versions"],
+        "seconds": workdir.seconds,
+    }
+    report = schema.plain(report, name)
+    whole_file.write_json(workdir.path / f"{name}.json", report)
+    return report
+
+
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the code that is running, with "-dirty"; None if unknown.

@@ -133,6 +133,16 @@ def calibration_images(
     return batches.to_float(jnp.asarray(train.images[np.asarray(chosen)]))
 
 
+def load_calibration_images(
+    data: settings.DataSettings, wanted: int, seed: int
+) -> jax.Array:
+    """The same of a data set by its config; see `calibration_images`."""
+    train = sources.load(
+        data.name, split="train", data_dir=data.data_dir, image_size=data.image_size
+    )
+    return calibration_images(train, wanted, jax.random.key(seed))
+
+
 def quantize(
     defense: settings.EfrapSettings,
     name: str,

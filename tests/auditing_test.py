@@ -167,13 +167,13 @@ def _write(result, path):
 
 
 def _audit(case, result, path, images="given"):
-    return auditing.audit(
-        case.variables,
-        _write(result, path / "model.safetensors"),
-        module=case.module,
-        images=case.images if images == "given" else images,
-        apply_kwargs=EVALUATE,
-    )
+    file = _write(result, path / "model.safetensors")
+    return _audit_file(case, file, images=case.images if images == "given" else images)
+
+
+def _audit_file(case, path, **options):
+    options = {"images": case.images, "apply_kwargs": EVALUATE, **options}
+    return auditing.audit(case.variables, path, module=case.module, **options)
 
 
 def _error_feedback(case):
@@ -382,13 +382,7 @@ def _onnx_file(result, path):
 
 def _audit_onnx(case, model, path):
     path.write_bytes(model.SerializeToString())
-    return auditing.audit(
-        case.variables,
-        path,
-        module=case.module,
-        images=case.images,
-        apply_kwargs=EVALUATE,
-    )
+    return _audit_file(case, path)
 
 
 @pytest.mark.slow
@@ -511,14 +505,7 @@ def test_an_audit_can_be_stopped_before_each_layer(case, tmp_path, method):
             if len(calls) == last:
                 raise KeyboardInterrupt
 
-        return auditing.audit(
-            case.variables,
-            path,
-            module=case.module,
-            images=case.images,
-            apply_kwargs=EVALUATE,
-            check_stop=check_stop,
-        )
+        return _audit_file(case, path, check_stop=check_stop)
 
     total = {"nearest": 3, "stochastic": 6}[method]
     assert len(audit(None).layers) == 3 and len(calls) == total

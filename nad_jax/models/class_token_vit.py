@@ -91,24 +91,19 @@ class ClassTokenTransformer(nn.Module):
             ],
             axis=1,
         )
-        position = self.param(
-            "position_embedding",
-            nn.initializers.normal(common.POSITION_EMBEDDING_STD),
-            (1, 1 + side * side, dim),
+        outputs = vit.encode(
+            self,
+            x,
+            depth=self.depth,
+            heads=heads,
+            mlp_dim=self.mlp_ratio * dim,
+            dtype=self.dtype,
         )
-        x = x + position.astype(x.dtype)
-
-        features = {}
-        for block in range(1, self.depth + 1):
-            x = vit.Block(
-                heads=heads,
-                mlp_dim=self.mlp_ratio * dim,
-                dtype=self.dtype,
-                name=f"block{block}",
-            )(x)
-            features[f"stage{block}"] = x[:, 1:].reshape(batch, side, side, dim)
-
-        x = common.LayerNorm(name="norm")(x)[:, 0]
+        features = {
+            f"stage{i}": y[:, 1:].reshape(batch, side, side, dim)
+            for i, y in enumerate(outputs, start=1)
+        }
+        x = common.LayerNorm(name="norm")(outputs[-1])[:, 0]
         # In float32, as every model's last layer.
         x = common.dense(self.num_classes, dtype=jnp.float32, name="fc")(
             x.astype(jnp.float32)

@@ -104,25 +104,52 @@ class VisionTransformer(nn.Module):
         x = common.dense(dim, dtype=self.dtype, name="patch_embed")(
             _patches(images, self.patch)
         )
-        position = self.param(
-            "position_embedding",
-            nn.initializers.normal(common.POSITION_EMBEDDING_STD),
-            (1, *x.shape[1:]),
+        outputs = encode(
+            self,
+            x,
+            depth=self.depth,
+            heads=self.heads,
+            mlp_dim=self.mlp_ratio * dim,
+            dtype=self.dtype,
         )
-        x = x + position.astype(x.dtype)
-
-        features = {}
-        for block in range(1, self.depth + 1):
-            x = Block(
-                heads=self.heads,
-                mlp_dim=self.mlp_ratio * dim,
-                dtype=self.dtype,
-                name=f"block{block}",
-            )(x)
-            features[f"stage{block}"] = x
-
-        x = common.LayerNorm(name="norm")(x)
+        features = {f"stage{i}": y for i, y in enumerate(outputs, start=1)}
+        x = common.LayerNorm(name="norm")(outputs[-1])
         return common.pool_and_classify(x, self.num_classes), features
+
+
+def encode(
+    module: nn.Module,
+    x: jax.Array,
+    *,
+    depth: int,
+    heads: int,
+    mlp_dim: int,
+    dtype: DTypeLike,
+) -> list[jax.Array]:
+    """Position embeddings and blocks of a transformer, made in `module`'s own call.
+
+    Args:
+      module: Whose parameters they are; it is in its compact `__call__`.
+      x: Tokens `[B, ..., dim]`.
+      depth: Number of blocks, at least 1.
+      heads: As in `Block`.
+      mlp_dim: As in `Block`.
+      dtype: As in `Block`.
+
+    Returns:
+      The output of each block, of x's shape.
+    """
+    position = module.param(
+        "position_embedding",
+        nn.initializers.normal(common.POSITION_EMBEDDING_STD),
+        (1, *x.shape[1:]),
+    )
+    x = x + position.astype(x.dtype)
+    outputs = []
+    for i in range(1, depth + 1):
+        x = Block(heads=heads, mlp_dim=mlp_dim, dtype=dtype, name=f"block{i}")(x)
+        outputs.append(x)
+    return outputs
 
 
 def _patches(images: jax.Array, patch: int) -> jax.Array:

@@ -39,6 +39,21 @@ def el(tag: str, /, *children: Child, **attributes: object) -> Markup:
     return Markup("".join(parts))
 
 
+def picture(shapes: Iterable[Child], *, width: float, height: float) -> str:
+    """The text of an SVG file: `shapes` on white, in pixels."""
+    paper = el("rect", width=width, height=height, fill="white")
+    drawing = el(
+        "svg",
+        [paper, *shapes],
+        xmlns="http://www.w3.org/2000/svg",
+        width=width,
+        height=height,
+        font_family="sans-serif",
+        font_size=12,
+    )
+    return f"{drawing}\n"
+
+
 def _flatten(children: Iterable[Child]) -> Iterable[str]:
     for child in children:
         if isinstance(child, Markup):

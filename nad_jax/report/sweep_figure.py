@@ -26,7 +26,6 @@ def draw(cells: Sequence[Mapping[str, Any]]) -> str:
     height = _TOP + _ROW * len(cells) + 30
     width = _LEFT + 2 * _PANEL + _GAP + _RIGHT
     shapes = [
-        markup.el("rect", width=width, height=height, fill="white"),
         _text(8, 20, "NAD minus fine-tuning, points of per cent", weight="bold"),
         _text(8, 40, "attack, poisoned, clean images"),
     ]
@@ -39,18 +38,7 @@ def draw(cells: Sequence[Mapping[str, Any]]) -> str:
             f"{100 * one['clean_fraction']:g} %"
         )
         shapes.append(_text(8, _TOP + _ROW * (row + 0.5) + 4, label))
-    return (
-        markup.el(
-            "svg",
-            shapes,
-            xmlns="http://www.w3.org/2000/svg",
-            width=width,
-            height=height,
-            font_family="sans-serif",
-            font_size=12,
-        )
-        + "\n"
-    )
+    return markup.picture(shapes, width=width, height=height)
 
 
 def _panel(

@@ -31,19 +31,13 @@ ORDER = np.concatenate([order_of_epoch(epoch) for epoch in range(EPOCHS)])
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> sources.Dataset:
+def data(tmp_path_factory, write_npz) -> sources.Dataset:
     """In a file, with two images changed in memory."""
     path = tmp_path_factory.mktemp("stream") / "x.npz"
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (NUM, 5, 4, 3), dtype=np.uint8)
     labels = draw.integers(0, 3, NUM).astype(np.int32)
-    np.savez(
-        path,
-        images_train=images,
-        labels_train=labels,
-        images_test=images,
-        labels_test=labels,
-    )
+    write_npz(path, images, labels)
     data = sources.load("npz", split="train", data_dir=path, in_memory=False)
     rows = np.array([17, 3])
     return data.replaced(rows, images[rows] ^ 255, labels[rows])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A toy classifier and toy data for the tests of the training room."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from nad_jax.training import loop
 
 NUM_CLASSES = 3
 
@@ -31,6 +34,14 @@ class ToyNet(nn.Module):
 class ToyData(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def compile_once():
+    """Runs of the same step share their programs; tests would only wait for more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_compile_steps", functools.cache(loop._compile_steps))
+        yield
 
 
 def make_batch(key, images, labels):

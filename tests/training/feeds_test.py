@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training from files is training from the device, bit by bit."""
 
-import functools
 import threading
 
 import jax
@@ -19,25 +18,14 @@ EPOCHS = 2
 BATCH_SIZE = 16  # 3 steps an epoch from 52 images, 4 of which are left over
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once():
-    """Runs of the same step share their programs; tests would only wait for more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_compile_steps", functools.cache(loop._compile_steps))
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
-def in_files(toy_data, tmp_path_factory) -> sources.Dataset:
+def in_files(toy_data, tmp_path_factory, write_npz) -> sources.Dataset:
     path = tmp_path_factory.mktemp("feeds") / "x.npz"
     images, labels = toy_data
-    np.savez(
-        path,
-        images_train=images,
-        labels_train=labels,
-        images_test=images,
-        labels_test=labels,
-    )
+    write_npz(path, images, labels)
     return sources.load("npz", split="train", data_dir=path, in_memory=False)
 
 

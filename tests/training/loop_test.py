@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: nothing left out, nothing depends on how it is dispatched or stopped."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +15,7 @@ EPOCHS = 3
 BATCH_SIZE = 16  # 3 steps an epoch from 52 images
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once():
-    """Runs of the same step share their programs; tests would only wait for more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_compile_steps", functools.cache(loop._compile_steps))
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
