@@ -69,6 +69,9 @@ def test_float_repairs_make_two_rows_each(tmp_path):
     assert by_name["fine_tuning"]["weight_bits"] is None
     assert by_name["fine_tuning_nearest"]["weight_bits"] == 4
     assert by_name["fine_tuning_nearest"]["flip_rate"] == 0.0
+    # Of the repaired net, not of the victim.
+    victim, repaired_net = by_name["nearest"], by_name["fine_tuning_nearest"]
+    assert any(victim[rate] != repaired_net[rate] for rate in ("acc", "asr", "ra"))
     # Repairs need labels and change floats; what they are given is not the test data.
     assert by_name["fine_tuning"]["seconds"] > 0 and np.isfinite(
         by_name["fine_tuning"]["acc"]

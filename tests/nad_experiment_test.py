@@ -53,6 +53,11 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
         (("defense", "clean_fraction"), 1.5, "config.defense.clean_fraction"),
         (("defense", "nad", "beta_unit"), "feet", "config.defense.nad.beta_unit"),
         (("defense", "training", "milestones"), (3, 2), "milestones must be ascending"),
+        (("defense", "patience"), 0, "defense.patience must be at least 1 or None"),
+        (("defense", "rows"), ("nad", "nad"), "defense.rows must be all different"),
+        (("defense", "nad", "betas"), {}, "betas must be numbers >= 0 by stage"),
+        (("defense", "nad", "betas"), {"stage1": -1.0}, "betas must be numbers >= 0"),
+        (("defense", "validation_fraction"), 0.0, "above 0 for fine_pruning, mode_con"),
     ],
 )
 def test_a_wrong_setting_is_named(path, value, message):
@@ -62,6 +67,28 @@ def test_a_wrong_setting_is_named(path, value, message):
         section = section[key]
     section[path[-1]] = value
     with pytest.raises(errors.InputError, match=message):
+        settings.parse(mapping)
+
+
+def test_held_out_images_may_be_missing_where_nothing_is_decided():
+    mapping = _config()
+    mapping["defense"] |= {
+        "rows": ("fine_tuning", "nad"),
+        "validation_fraction": 0.0,
+    }
+    assert settings.parse(mapping).defense.validation_fraction == 0.0
+    for changed in ({"patience": 3}, {"rows": ("mode_connectivity",)}):
+        other = {**mapping, "defense": {**mapping["defense"], **changed}}
+        with pytest.raises(errors.InputError, match="decide on held-out images"):
+            settings.parse(other)
+
+
+def test_curves_are_of_one_student():
+    mapping = _config()
+    mapping["curves"] = True
+    settings.parse(mapping)
+    mapping["defense"]["nad"]["beta_factors"] = (0.5, 1.0)
+    with pytest.raises(errors.InputError, match="beta_factors must be one number"):
         settings.parse(mapping)
 
 

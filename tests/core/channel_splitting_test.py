@@ -60,6 +60,10 @@ def test_a_copy_may_be_split_again():
     weights = np.array([[16.0], [3.0]], np.float32)  # 16 -> 8, 8 -> 4, 4, 8 -> 4 x 4
     _, params = split(weights, SPEC, num_splits=3)
     assert float(params.scale[0, 0]) == pytest.approx(4 / 7)
+    # All four belong to the input they came from, wherever it stands.
+    codes, params = split(weights[[1, 0, 1]], SPEC, num_splits=3)
+    steps = weights[[1, 0, 1]] / np.asarray(params.scale)
+    np.testing.assert_allclose(codes, steps, atol=0.51)
 
 
 @pytest.mark.parametrize(("shape", "splits"), [((4,), 1), ((4, 4), -1)])
