@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from nad_jax import main
+from nad_jax import inspect_experiment, main
 from nad_jax.report import schema
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,6 +54,24 @@ def test_a_mistake_is_one_line(capsys, arguments, words):
     error = _fails(capsys, *arguments)
     for word in words:
         assert word in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_judge_gives_no_verdict(monkeypatch, tmp_path, number):
+    """0 would say that nothing was found."""
+
+    def stopped(config, workdir, *, command):
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            workdir.check_stop()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(inspect_experiment, "run", stopped)
+    command = ["--config=configs/inspect.py", "--config.float_model=any"]
+    code = main.main(["main", *command, f"--workdir={tmp_path}"])
+    assert code == 128 + number
 
 
 def test_a_bug_is_not_a_verdict(monkeypatch, capsys, tmp_path):
