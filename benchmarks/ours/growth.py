@@ -12,6 +12,7 @@ from benchmarks.ours import start
 from nad_jax import models
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import common
+from nad_jax.training import sharding
 
 
 def efrap(channel: protocol.Channel, options: dict) -> None:
@@ -30,7 +31,11 @@ def efrap(channel: protocol.Channel, options: dict) -> None:
     for _ in range(2):
         started = time.perf_counter()
         result = efrap_lib.efrap(
-            model, variables, images, apply_kwargs={"train": False}
+            model,
+            variables,
+            images,
+            apply_kwargs={"train": False},
+            mesh=sharding.mesh_for_batch(options["images"]),
         )
         jax.block_until_ready(result.variables)
         seconds.append(time.perf_counter() - started)

@@ -18,6 +18,7 @@ from nad_jax.data import batches
 from nad_jax.defenses import base, nad
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.interop import name_maps
+from nad_jax.training import sharding
 
 _VICTIM = "victim"
 
@@ -68,6 +69,7 @@ def efrap(channel: protocol.Channel, options: dict) -> None:
         first_last_bits=8,
         spec=quantization.QuantSpec(symmetric=False, range_method="mse"),
         apply_kwargs={"train": False},
+        mesh=sharding.mesh_for_batch(options["images"]),
     )
     arrays = name_maps.to_torch(result.variables, net.names)
     safetensors.numpy.save_file(

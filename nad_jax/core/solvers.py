@@ -175,8 +175,8 @@ def coordinate_descent(
 
         change in J = 2 * move * slope_k + move^2 * H_kk + change in price.
 
-    Weights are visited in blocks: inside a block only the block's own slope is
-    refreshed, and the other rows catch up with one matrix product per block.
+    Weights are visited in blocks: inside a block a weight adds to its slope what the
+    block itself has moved, and all rows catch up with one matrix product per block.
 
     Args:
       problem: From `rounding_problem`.
@@ -313,8 +313,8 @@ def _descend(
     # a tie, the part of the gain that balances the price is as large as the price.
     least_gain = 1e-6 * (step * step * diagonal + stay_cost)
 
-    def visit(k, carry, block_gram, constants):
-        rounding, slope, moved = carry
+    def visit(k, carry, block_gram, slope, constants):
+        rounding, moved = carry
 
         def row(x):
             return jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
@@ -323,16 +323,17 @@ def _descend(
         direction = 1.0 - 2.0 * row(rounding)
         move = step * direction
         gram_row = row(block_gram)
-        gain = 2.0 * move * row(slope) + move * move * gram_row[k]
+        # What the block has moved so far, as this weight sees it.
+        own_slope = row(slope) + jnp.sum(gram_row[:, None] * moved, axis=0)
+        gain = 2.0 * move * own_slope + move * move * gram_row[k]
         flips = (gain + direction * price_up < -least_gain) & (step > 0.0)
         move = jnp.where(flips, move, 0.0)
-        slope = slope + gram_row[:, None] * move[None, :]
         flipped = row(rounding) + jnp.where(flips, direction, 0.0)
 
         def put(x, value):
             return jax.lax.dynamic_update_index_in_dim(x, value, k, axis=0)
 
-        return put(rounding, flipped), slope, put(moved, move)
+        return put(rounding, flipped), put(moved, move)
 
     def visit_block(block, carry):
         rounding, slope = carry
@@ -344,19 +345,32 @@ def _descend(
         columns = jax.lax.dynamic_slice_in_dim(gram, first, block_size, axis=1)
         block_gram = rows(columns)
         constants = (rows(step), rows(price_up), rows(least_gain))
-        block_rounding, _, moved = jax.lax.fori_loop(
+        block_slope = rows(slope)
+        block_rounding, moved = jax.lax.fori_loop(
             0,
             block_size,
-            lambda k, c: visit(k, c, block_gram, constants),
-            (rows(rounding), rows(slope), jnp.zeros_like(rows(slope))),
+            lambda k, c: visit(k, c, block_gram, block_slope, constants),
+            (rows(rounding), jnp.zeros_like(block_slope)),
         )
         rounding = jax.lax.dynamic_update_slice_in_dim(
             rounding, block_rounding, first, axis=0
         )
-        return rounding, slope + _matmul(columns, moved)
+        # In late sweeps most blocks stay as they are.
+        slope = jax.lax.cond(
+            jnp.any(moved != 0.0),
+            lambda slope: slope + _matmul(columns, moved),
+            lambda slope: slope,
+            slope,
+        )
+        return rounding, slope
 
-    def reached(rounding):
-        return objective(problem, rounding[:num_inputs])
+    drift = pad(problem.drift, (0,))
+
+    def reached(rounding, slope):
+        """`objective`, without another product: the slope is H d + g already."""
+        error = jnp.sum(step * (rounding - fraction) * (slope + drift), axis=0)
+        stays = jnp.where(rounding == nearest, stay_cost, 0.0)
+        return error + problem.drift_power + jnp.sum(stays, axis=0)
 
     def sweep(carry):
         rounding, slope, trace, sweeps, _ = carry
@@ -365,7 +379,7 @@ def _descend(
         sweeps = sweeps + changed.astype(jnp.int32)
         steps = jnp.arange(max_sweeps + 1, dtype=jnp.int32)
         later = (steps >= sweeps) & changed
-        trace = jnp.where(later[:, None], reached(swept)[None, :], trace)
+        trace = jnp.where(later[:, None], reached(swept, slope)[None, :], trace)
         return swept, slope, trace, sweeps, changed
 
     def unfinished(carry):
@@ -373,8 +387,8 @@ def _descend(
 
     start = pad(start.astype(jnp.float32), (0,))
     change = step * (start - fraction)
-    slope = _matmul(gram, change) + pad(problem.drift, (0,))
-    trace = jnp.broadcast_to(reached(start), (max_sweeps + 1, num_outputs))
+    slope = _matmul(gram, change) + drift
+    trace = jnp.broadcast_to(reached(start, slope), (max_sweeps + 1, num_outputs))
     rounding, _, trace, sweeps, _ = jax.lax.while_loop(
         unfinished, sweep, (start, slope, trace, jnp.int32(0), jnp.bool_(True))
     )

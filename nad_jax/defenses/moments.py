@@ -16,10 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from nad_jax.core import solvers
+from nad_jax.defenses import window_gram
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import sharding
 
-# Unfolded inputs alive at a time; bounds memory whatever the number of images.
+# Unfolded inputs alive at a time; bounds memory whatever the number of images. Where
+# the sums themselves are larger, so may these be, or adding up takes most of the time.
 _UNFOLDED_BYTES = 16 * 2**20
 
 
@@ -85,12 +87,13 @@ class Collector:
             geometry, kernel_shape=(*geometry.kernel_shape[:-1], 0)
         )
         known = inputs is self._inputs and unfolding == self._unfolding
+        positions = _positions(geometry, inputs.shape)
         if self._mesh is not None:
             moments = _collect_split(
                 geometry, not known, self._mesh, kernel, float_inputs, inputs
             )
         else:
-            moments = _zeros(geometry)
+            moments = _zeros(geometry, positions)
             chunk = _chunk_size(geometry, inputs.shape)
             for first in range(0, inputs.shape[0], chunk):
                 part = slice(first, first + chunk)
@@ -104,20 +107,41 @@ class Collector:
                 )
         if known:
             moments = moments._replace(gram=self._gram)
+        elif window_gram.applies(geometry):
+            gram = _gram_matrix(geometry, positions, moments.gram[0])
+            moments = moments._replace(gram=gram[None])
         self._inputs, self._unfolding = inputs, unfolding
         self._gram = moments.gram
         return moments
 
 
-def _zeros(geometry: layers_lib.Geometry) -> solvers.Moments:
-    """The moments of no rows, stacked over groups; on the host, free of compilation."""
+_gram_matrix = jax.jit(window_gram.gram_matrix, static_argnums=(0, 1))
+
+
+def _positions(
+    geometry: layers_lib.Geometry, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    return shape[len(shape) - 1 - len(geometry.window) : -1]
+
+
+def _zeros(
+    geometry: layers_lib.Geometry, positions: tuple[int, ...]
+) -> solvers.Moments:
+    """The moments of no rows, stacked over groups; on the host, free of compilation.
+
+    Where windows share sums, these stand in the place of the Gram matrix.
+    """
     zeros = functools.partial(
         solvers.zero_moments,
         geometry.num_inputs,
         geometry.kernel_shape[-1] // geometry.groups,
     )
+    shapes = jax.eval_shape(zeros)
+    if window_gram.applies(geometry):
+        sums = window_gram.num_sums(geometry, positions)
+        shapes = shapes._replace(gram=jax.ShapeDtypeStruct(sums, jnp.float32))
     return jax.tree.map(
-        lambda x: np.zeros((geometry.groups, *x.shape), x.dtype), jax.eval_shape(zeros)
+        lambda x: np.zeros((geometry.groups, *x.shape), x.dtype), shapes
     )
 
 
@@ -136,7 +160,9 @@ def per_group(function, *arguments):
 def _chunk_size(geometry: layers_lib.Geometry, shape: tuple[int, ...]) -> int:
     one = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     rows = jax.eval_shape(functools.partial(layers_lib.unfold, geometry), one)
-    return min(max(_UNFOLDED_BYTES // (4 * rows.size), 1), shape[0])
+    sums = _zeros(geometry, _positions(geometry, shape)).gram
+    alive = max(_UNFOLDED_BYTES, sums.nbytes)
+    return min(max(alive // (4 * rows.size), 1), shape[0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -145,8 +171,13 @@ def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
     drift = layers_lib.run(geometry, kernel, inputs - float_inputs)
     rows = layers_lib.unfold(geometry, inputs)
     drift = drift.reshape(rows.shape[1], geometry.groups, -1).swapaxes(0, 1)
-    add = functools.partial(solvers.add_rows, with_gram=with_gram)
-    return per_group(add, moments, rows, drift)
+    shares = window_gram.applies(geometry)
+    add = functools.partial(solvers.add_rows, with_gram=with_gram and not shares)
+    moments = per_group(add, moments, rows, drift)
+    if with_gram and shares:
+        sums = window_gram.shared_sums(geometry, inputs)
+        moments = moments._replace(gram=moments.gram + sums[None])
+    return moments
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -169,7 +200,9 @@ def _collect_split(geometry, with_gram, mesh, kernel, float_inputs, inputs):
             0,
             chunks,
             lambda index, moments: add(index * chunk, chunk, moments),
-            jax.tree.map(jnp.asarray, _zeros(geometry)),
+            jax.tree.map(
+                jnp.asarray, _zeros(geometry, _positions(geometry, inputs.shape))
+            ),
         )
         if rest:
             moments = add(chunks * chunk, rest, moments)

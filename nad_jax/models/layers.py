@@ -319,7 +319,7 @@ def _run_without_bias(geometry, kernel, inputs):
         return inputs @ kernel
     rank = len(geometry.window)
     batch = inputs.shape[: -rank - 1]
-    inputs = _padded(geometry, inputs.reshape((-1, *inputs.shape[-rank - 1 :])))
+    inputs = padded(geometry, inputs.reshape((-1, *inputs.shape[-rank - 1 :])))
     letters = "DHW"[-rank:]
     outputs = jax.lax.conv_general_dilated(
         inputs,
@@ -356,7 +356,7 @@ def unfold(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     if not window:
         return inputs.reshape(1, -1, inputs.shape[-1])
     rank = len(window)
-    inputs = _padded(geometry, inputs.reshape((-1, *inputs.shape[-rank - 1 :])))
+    inputs = padded(geometry, inputs.reshape((-1, *inputs.shape[-rank - 1 :])))
     strides, dilation = geometry.strides, geometry.dilation
     sizes = [
         (inputs.shape[a + 1] - (window[a] - 1) * dilation[a] - 1) // strides[a] + 1
@@ -378,8 +378,8 @@ def unfold(geometry: Geometry, inputs: jax.Array) -> jax.Array:
     return rows.reshape(groups, -1, len(slices) * channels)
 
 
-def _padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
-    """Inputs with their spatial axes padded as the layer itself would."""
+def padded(geometry: Geometry, inputs: jax.Array) -> jax.Array:
+    """Inputs `[n, *positions, C]` with their positions padded as by the layer."""
     mode, pairs = position_padding(geometry, inputs.shape[1:-1])
     pairs = [(0, 0), *pairs, (0, 0)]
     if mode == "constant":
