@@ -141,11 +141,10 @@ def main(argv: Sequence[str]) -> int:
     """Exit code: 0 done, 2 refused, in one line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost_growth")
     parser.add_argument("--series", action="append", choices=list(SERIES))
-    parser.add_argument("--max_other_cores", type=float, default=0.1)
-    parser.add_argument("--patience", type=float, default=0.0)
+    run.add_quiet_options(parser)
     parser.add_argument("--out", type=pathlib.Path, default=run.RESULTS)
     arguments = parser.parse_args(argv)
-    quiet = run.Quiet(limit=arguments.max_other_cores, patience=arguments.patience)
+    quiet = run.quiet_of(arguments)
     print(_HEAD)
     with tempfile.TemporaryDirectory(prefix="nad_jax_benchmark_") as work:
         try:

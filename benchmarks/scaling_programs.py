@@ -77,7 +77,7 @@ def _count(devices: int) -> dict[str, Any]:
     import optax
 
     from nad_jax import models
-    from nad_jax.core import quantization
+    from nad_jax.core import quantization, solvers
     from nad_jax.defenses import layer_rounding, moments
     from nad_jax.models import common, layers
     from nad_jax.training import feeds, loop, sharding, steps
@@ -146,7 +146,10 @@ def _count(devices: int) -> dict[str, Any]:
         sums = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             jax.eval_shape(
-                lambda: jax.tree.map(jnp.asarray, moments._zeros(layer.geometry))
+                lambda: jax.tree.map(
+                    lambda x: x[None],
+                    solvers.zero_moments(layer.geometry.num_inputs, kernel.shape[-1]),
+                )
             ),
         )
         spec = quantization.QuantSpec(4)

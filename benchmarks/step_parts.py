@@ -102,11 +102,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--part", action="append", choices=list(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--max_other_cores", type=float, default=0.1)
-    parser.add_argument("--patience", type=float, default=0.0)
+    run.add_quiet_options(parser)
     parser.add_argument("--out", type=pathlib.Path, default=run.RESULTS)
     arguments = parser.parse_args(argv)
-    quiet = run.Quiet(limit=arguments.max_other_cores, patience=arguments.patience)
+    quiet = run.quiet_of(arguments)
     with tempfile.TemporaryDirectory(prefix="nad_jax_benchmark_") as work:
         try:
             quiet.wait()

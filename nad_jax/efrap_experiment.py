@@ -60,6 +60,8 @@ def run(
       command: The command line, for the report.
     """
     canary = environment.check_canary()
+    if config.repairs is not None:
+        repairs.check_teacher(config.repairs, workdir)
     with workdir.timed("data"):
         scene = set_scene(config)
     rows: list[schema.Row] = []

@@ -35,6 +35,19 @@ class Patient:
     key: jax.Array
 
 
+def check_teacher(
+    defense: settings.RepairSettings, workdir: workdir_lib.Workdir
+) -> None:
+    """Reads a teacher that is given, before anything is trained, and pins its bytes.
+
+    Raises:
+      InputError: the file cannot be read, or is not that of earlier runs here.
+    """
+    if defense.teacher is not None:
+        _, sha256 = zoo.read_net(defense.teacher)
+        workdir.check_input("teacher", sha256)
+
+
 class Stages:
     """The repairs of one model: each a stage of the workdir, none computed twice."""
 
@@ -86,7 +99,7 @@ class Stages:
     def teacher(self) -> tuple[base.Net, float]:
         """The teacher of all rows that distil; a given one took no time."""
         if self._defense.teacher is not None:
-            return zoo.read_net(self._defense.teacher), 0.0
+            return zoo.read_net(self._defense.teacher)[0], 0.0
         tuning = settings.TuningSettings(
             self._defense.training, patience=self._defense.patience
         )

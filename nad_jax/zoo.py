@@ -124,17 +124,19 @@ def load(name: str, zoo: pathlib.Path) -> Victim:
     return Victim(net, triggers.Trigger(**parts), manifest)
 
 
-def read_net(path: str) -> base.Net:
-    """A model from a file: one of the zoo, or a state dict of PyTorch.
+def read_net(path: str) -> tuple[base.Net, str]:
+    """A model from a file, and the file's hash: one of the zoo, or of PyTorch.
 
     Raises:
       InputError: the file cannot be read, or is of no known architecture.
     """
     checkpoint = reader.read_checkpoint(path)
     if "card" in checkpoint.metadata:
-        return _parts(artifact.read_artifact(path), path)[0]
-    converted = name_maps.convert(checkpoint.arrays, source=path)
-    return base.Net(converted.model, converted.variables)
+        net = _parts(artifact.read_artifact(path), path)[0]
+    else:
+        converted = name_maps.convert(checkpoint.arrays, source=path)
+        net = base.Net(converted.model, converted.variables)
+    return net, checkpoint.sha256
 
 
 def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSettings:

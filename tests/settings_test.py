@@ -90,6 +90,7 @@ def test_every_setting_of_the_shipped_config_is_read():
         (("defense", "grid", "preset"), "tflite", "grid.preset must be of plain"),
         (("defense", "grid", "percentile"), 99.0, "defense.grid.percentile goes"),
         (("defense", "grid", "first_last_bits"), 1, "first_last_bits must be 2 to 8"),
+        (("attack", "grid", "act_range_method"), "mse", "attack.grid.act_range_method"),
         (("attack", "target_label"), -1, "config.attack.target_label must be >= 0"),
         (("attack", "label_mode"), "clean_label", "config.attack.label_mode must be"),
         (("victim", "epochs"), 0, "config.victim.epochs must be at least 1"),

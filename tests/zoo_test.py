@@ -148,7 +148,8 @@ def test_a_run_without_that_victim_is_refused(run, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_victim_can_be_a_teacher(run, filled):
     """`config.defense.teacher` takes a file of the zoo."""
-    net = zoo.read_net(str(filled / "one.safetensors"))
+    net, sha256 = zoo.read_net(str(filled / "one.safetensors"))
+    assert sha256 == zoo.read_manifest("one", filled)["sha256"]
     images = jnp.full((1, 8, 8, 3), 0.5)
     expected = zoo.load("one", filled).net.logits(run[1].models["backdoored"], images)
     np.testing.assert_array_equal(net.logits(net.variables, images), expected)

@@ -2,10 +2,11 @@
 """One line for each report, one column for each rounding: the table over attacks.
 
     python -m nad_jax.report.attack_table results/efrap/digits_*_w4.json
+    python -m nad_jax.report.attack_table results/nad/digits_*.json
 
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
-no such row. The last column is the clean model in float.
+no such row. Of roundings the last column is the clean model in float.
 """
 
 import argparse
@@ -17,36 +18,70 @@ from typing import Any
 from nad_jax import errors
 from nad_jax.report import schema, tables
 
-ROWS = ("float", "nearest", "stochastic", "gptq", "reconstruction", "efrap")
+# What tells the kinds of reports apart -> its heading, its usual columns, and whether
+# the clean model has one.
+_KINDS: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "weight_bits": (
+        "bits",
+        ("float", "nearest", "stochastic", "gptq", "reconstruction", "efrap"),
+        True,
+    ),
+    "poison_rate": (
+        "poisoned",
+        (
+            "float",
+            "fine_tuning",
+            "fine_pruning",
+            "mode_connectivity",
+            "ft_sam",
+            "nad",
+            "nad_sam",
+        ),
+        False,
+    ),
+}
 
 
 def attack_table(
-    reports: Sequence[Mapping[str, Any]], *, rows: Sequence[str] = ROWS
+    reports: Sequence[Mapping[str, Any]], *, rows: Sequence[str] | None = None
 ) -> str:
     """A Markdown table.
 
     Args:
-      reports: Of `configs/efrap.py`, as `schema.read_report` returns them.
-      rows: Names of the columns' rows, in order.
+      reports: All of `configs/efrap.py` or all of `configs/nad.py`, as
+        `schema.read_report` returns them.
+      rows: Names of the columns' rows, in order; None = the usual ones.
 
     Raises:
-      InputError: a report of another job.
+      InputError: a report of another job than the first.
     """
-    labels = ", ".join(tables.row_label(name) for name in rows)
+    fact = next((fact for fact in _KINDS if reports and fact in reports[0]), None)
+    for report in reports:
+        if fact is None or "attack" not in report or fact not in report:
+            raise errors.InputError(
+                f"report {report.get('title')!r} names no attack and "
+                f"{fact or ' or '.join(_KINDS)}; accepted are reports of "
+                "configs/efrap.py alone, or of configs/nad.py alone"
+            )
+    if fact is None:
+        raise errors.InputError("reports must be at least one, got none")
+    heading, usual, shows_clean = _KINDS[fact]
+    rows = usual if rows is None else rows
+    titles = [tables.row_label(name) for name in rows]
+    if shows_clean:
+        titles.append("clean model, float")
     lines = [
-        f"| attack | bits | {labels.replace(', ', ' | ')} | clean model, float |",
-        "|---|---|" + "---:|" * (len(rows) + 1),
+        f"| attack | net | {heading} | {' | '.join(titles)} |",
+        "|---|---|---|" + "---:|" * len(titles),
     ]
     for report in reports:
-        if "attack" not in report or "weight_bits" not in report:
-            raise errors.InputError(
-                f"report {report.get('title')!r} names no attack and weight_bits; "
-                "accepted are those of configs/efrap.py"
-            )
         cells = [_cell(report, "backdoored", name) for name in rows]
-        cells.append(_cell(report, "clean", "float"))
-        bits = f"W{report['weight_bits']}"
-        lines.append(f"| {report['attack']} | {bits} | {' | '.join(cells)} |")
+        if shows_clean:
+            cells.append(_cell(report, "clean", "float"))
+        value = report[fact]
+        shown = f"W{value}" if fact == "weight_bits" else f"{100 * value:g} %"
+        net = report["config"]["model"]["name"]
+        lines.append(f"| {report['attack']} | {net} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -67,11 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("reports", nargs="+")
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", help="columns, joined by commas")
     arguments = parser.parse_args(argv)
     try:
         reports = [schema.read_report(path) for path in arguments.reports]
-        print(attack_table(reports, rows=arguments.rows.split(",")))
+        rows = arguments.rows.split(",") if arguments.rows else None
+        print(attack_table(reports, rows=rows))
     except errors.InputError as error:
         print(f"nad_jax: {error}", file=sys.stderr)
         return 2

@@ -63,7 +63,8 @@ def forward_mesh(batch_size: int | None = None) -> Mesh | None:
     """Mesh for work without gradients; for a batch of any size, over all devices.
 
     None in a single process on CPU, where forward passes and matrix products use all
-    cores on one device as it is.
+    cores on one device as it is, and where many programs with sums over devices, all
+    started at once, can wait for each other's threads for ever.
     """
     if jax.process_count() == 1 and jax.default_backend() == "cpu":
         return None

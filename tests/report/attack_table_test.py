@@ -18,6 +18,7 @@ def _row(name, seed, acc, asr, model="backdoored"):
 REPORT = {
     "attack": "pq",
     "weight_bits": 4,
+    "config": {"model": {"name": "resnet_14"}},
     "rows": [
         _row("float", 0, 0.9, 0.0),
         _row("float", 1, 0.8, 0.1),
@@ -30,9 +31,11 @@ REPORT = {
 def test_cells_are_means_and_the_worst_of_several_seeds():
     table = attack_table.attack_table([REPORT], rows=("float", "nearest", "efrap"))
     head, _, line = table.splitlines()
-    assert head == "| attack | bits | Float | Nearest | EFRAP | clean model, float |"
+    assert (
+        head == "| attack | net | bits | Float | Nearest | EFRAP | clean model, float |"
+    )
     cells = ["85.0 / 5.0 (10.0)", "50.0 / 100.0", "–", "75.0 / 25.0"]
-    assert line == f"| pq | W4 | {' | '.join(cells)} |"
+    assert line == f"| pq | resnet_14 | W4 | {' | '.join(cells)} |"
 
 
 def test_a_report_of_another_job_is_refused(tmp_path, capsys):
@@ -42,7 +45,20 @@ def test_a_report_of_another_job_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_table_of_the_readme_is_that_of_the_result_files():
-    files = sorted((ROOT / "results" / "efrap").glob("digits_*_w4.json"))
+def test_repairs_have_their_own_columns_and_are_not_mixed_with_roundings():
+    repaired = {**REPORT, "poison_rate": 0.1}
+    del repaired["weight_bits"]
+    head, _, line = attack_table.attack_table([repaired]).splitlines()
+    assert head.startswith("| attack | net | poisoned | Float | Fine-tuning |")
+    assert line.startswith("| pq | resnet_14 | 10 % | 85.0 / 5.0 (10.0) | – |")
+    with pytest.raises(errors.InputError, match=r"configs/nad\.py alone"):
+        attack_table.attack_table([REPORT, repaired])
+    with pytest.raises(errors.InputError, match="at least one"):
+        attack_table.attack_table([])
+
+
+@pytest.mark.parametrize("job", ["efrap", "nad"])
+def test_the_tables_of_the_readme_are_those_of_the_result_files(job):
+    files = sorted((ROOT / "results" / job).glob("digits_*.json"))
     table = attack_table.attack_table([schema.read_report(path) for path in files])
-    assert len(files) >= 3 and table in (ROOT / "README.md").read_text("utf-8")
+    assert files and table in (ROOT / "README.md").read_text("utf-8")

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the settings have in common: complaints that name the field and its value."""
+
+from typing import Any
+
+from nad_jax.errors import InputError
+
+
+def check(settings: Any, name: str, good: bool, accepted: str) -> None:
+    if not good:
+        raise InputError(f"{name} must be {accepted}, got {getattr(settings, name)!r}")
+
+
+def check_name(settings: Any, name: str, known: tuple[str, ...]) -> None:
+    check(settings, name, getattr(settings, name) in known, f"of {', '.join(known)}")
+
+
+def check_bits(settings: Any, name: str, *, optional: bool = False) -> None:
+    value = getattr(settings, name)
+    good = value in range(2, 9) or (optional and value is None)
+    check(settings, name, good, "2 to 8" + (" or None" if optional else ""))
+
+
+def check_different(settings: Any, name: str) -> None:
+    values = getattr(settings, name)
+    check(settings, name, len(set(values)) == len(values), "all different")
+
+
+def check_loader(settings: Any) -> None:
+    """For jobs that take a part of the training images and train on no more."""
+    if settings.data.loader != "device":
+        raise InputError(
+            f"data.loader must be device in the job {settings.job}, which trains on "
+            f"few images, got {settings.data.loader!r}"
+        )
+
+
+def check_patience(settings: Any) -> None:
+    good = settings.patience is None or settings.patience >= 1
+    check(settings, "patience", good, "at least 1 or None")
+
+
+def check_seeds(settings: Any) -> None:
+    check(settings, "seeds", len(settings.seeds) > 0, "at least one")
+    check_different(settings, "seeds")

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the defender of a float model: NAD and its controls."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from nad_jax.errors import InputError
+from nad_jax.settings.basics import TrainingSettings
+from nad_jax.settings.checks import check, check_different, check_name, check_patience
+
+REPAIRS = (
+    "fine_tuning",
+    "fine_pruning",
+    "mode_connectivity",
+    "ft_sam",
+    "nad",
+    "nad_sam",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningSettings:
+    """Training on the defender's clean images (`nad_jax.defenses`).
+
+    Attributes:
+      training: Optimiser, schedule, augmentation.
+      sharpness_radius: Of the ascent step of SAM, in weight units; 0 = no SAM.
+      patience: Stop after so many epochs in which accuracy on held-out clean images did
+        not rise, and go back to the best; None = train to the end, keep the last.
+    """
+
+    training: TrainingSettings
+    sharpness_radius: float = 0.0
+    patience: int | None = None
+
+    def __post_init__(self):
+        check(self, "sharpness_radius", self.sharpness_radius >= 0, ">= 0")
+        check_patience(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class NadSettings:
+    """The attention term (`nad_jax.defenses.nad`).
+
+    Attributes:
+      betas: Stage name to weight; stages that are not named are left alone.
+      beta_unit: "mean_square" per pixel, as in the public code, or "squared_distance"
+        of whole maps.
+      p: Power of the attention map.
+      reduction: "sum" or "mean" over channels.
+      teacher_epochs: Fine-tuning that makes the teacher.
+      beta_factors: Multiples of `betas` to try; held-out accuracy decides.
+      accuracy_tolerance: What held-out accuracy may lose for a larger factor.
+    """
+
+    betas: Mapping[str, float]
+    beta_unit: str = "mean_square"
+    p: float = 2.0
+    reduction: str = "sum"
+    teacher_epochs: int = 10
+    beta_factors: tuple[float, ...] = (1.0,)
+    accuracy_tolerance: float = 0.01
+
+    def __post_init__(self):
+        good = bool(self.betas)
+        good = good and all(
+            isinstance(beta, (int, float)) and 0 <= beta < float("inf")
+            for beta in self.betas.values()
+        )
+        check(self, "betas", good, "numbers >= 0 by stage")
+        check_name(self, "beta_unit", ("mean_square", "squared_distance"))
+        check_name(self, "reduction", ("sum", "mean"))
+        check(self, "p", self.p > 0, "> 0")
+        check(self, "teacher_epochs", self.teacher_epochs >= 1, "at least 1")
+        good = bool(self.beta_factors) and min(self.beta_factors) >= 0
+        check(self, "beta_factors", good, "one or more numbers >= 0")
+        check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinePruningSettings:
+    """`max_accuracy_drop`: what held-out accuracy may lose by pruning, a fraction."""
+
+    max_accuracy_drop: float = 0.04
+
+    def __post_init__(self):
+        check(self, "max_accuracy_drop", self.max_accuracy_drop >= 0, ">= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeConnectivitySettings:
+    """The curve of `nad_jax.defenses.mode_connectivity`.
+
+    Attributes:
+      positions: To choose the repaired net from, 0 = victim, 1 = fine-tuned copy;
+        held-out accuracy decides. One position needs no decision.
+      accuracy_tolerance: What held-out accuracy may lose for a position further from
+        the victim.
+      learning_rate: Peak rate for the curve; its schedule is that of the tuning.
+    """
+
+    positions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    accuracy_tolerance: float = 0.01
+    learning_rate: float = 0.01
+
+    def __post_init__(self):
+        good = bool(self.positions) and all(0 <= p <= 1 for p in self.positions)
+        check(self, "positions", good, "one or more numbers in [0, 1]")
+        check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
+        check(self, "learning_rate", self.learning_rate > 0, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairSettings:
+    """The defender of a float model: one budget, and every defence to compare in it.
+
+    Attributes:
+      training: Optimiser, schedule and augmentation of every repair.
+      nad: The attention term.
+      rows: Which rows to compute for the backdoored model, of `REPAIRS`.
+      clean_model_rows: The same for the clean model, where nothing needs repair; with
+        none it is not even trained.
+      clean_fraction: Share of the training set that the defender has, clean.
+      validation_fraction: Share of those that is held out for decisions.
+      teacher: File of a model to distil from, a state dict of PyTorch or a file of the
+        zoo; None = the victim, fine-tuned.
+      patience: See `TuningSettings`.
+      sharpness_radius: SAM's, for the rows that use it.
+      fine_pruning: Its settings.
+      mode_connectivity: Its settings.
+    """
+
+    training: TrainingSettings
+    nad: NadSettings
+    rows: tuple[str, ...] = REPAIRS
+    clean_model_rows: tuple[str, ...] = ("fine_tuning", "nad")
+    clean_fraction: float = 0.05
+    validation_fraction: float = 0.1
+    teacher: str | None = None
+    patience: int | None = None
+    sharpness_radius: float = 0.1
+    fine_pruning: FinePruningSettings = dataclasses.field(
+        default_factory=FinePruningSettings
+    )
+    mode_connectivity: ModeConnectivitySettings = dataclasses.field(
+        default_factory=ModeConnectivitySettings
+    )
+
+    def __post_init__(self):
+        for field in ("rows", "clean_model_rows"):
+            for name in getattr(self, field):
+                known = ", ".join(REPAIRS)
+                if name not in REPAIRS:
+                    raise InputError(f"{field} must be of {known}, got {name!r}")
+            check_different(self, field)
+        check(self, "clean_fraction", 0 < self.clean_fraction <= 1, "in (0, 1]")
+        good = 0 <= self.validation_fraction < 1
+        check(self, "validation_fraction", good, "in [0, 1)")
+        check(self, "sharpness_radius", self.sharpness_radius > 0, "> 0")
+        check_patience(self)
+        if self.validation_fraction == 0:
+            rows = {*self.rows, *self.clean_model_rows}
+            decides = {
+                "fine_pruning": "fine_pruning" in rows,
+                "mode_connectivity.positions": "mode_connectivity" in rows
+                and len(self.mode_connectivity.positions) > 1,
+                "nad.beta_factors": len(self.nad.beta_factors) > 1,
+                "patience": self.patience is not None,
+            }
+            deciding = [name for name, does in decides.items() if does]
+            if deciding:
+                raise InputError(
+                    f"validation_fraction must be above 0 for {', '.join(deciding)}, "
+                    "which decide on held-out images, got 0.0"
+                )
