@@ -107,7 +107,7 @@ class Collector:
                 )
         if known:
             moments = moments._replace(gram=self._gram)
-        elif window_gram.applies(geometry):
+        elif window_gram.applies(geometry, positions):
             gram = _gram_matrix(geometry, positions, moments.gram[0])
             moments = moments._replace(gram=gram[None])
         self._inputs, self._unfolding = inputs, unfolding
@@ -137,7 +137,7 @@ def _zeros(
         geometry.kernel_shape[-1] // geometry.groups,
     )
     shapes = jax.eval_shape(zeros)
-    if window_gram.applies(geometry):
+    if window_gram.applies(geometry, positions):
         sums = window_gram.num_sums(geometry, positions)
         shapes = shapes._replace(gram=jax.ShapeDtypeStruct(sums, jnp.float32))
     return jax.tree.map(
@@ -171,7 +171,7 @@ def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
     drift = layers_lib.run(geometry, kernel, inputs - float_inputs)
     rows = layers_lib.unfold(geometry, inputs)
     drift = drift.reshape(rows.shape[1], geometry.groups, -1).swapaxes(0, 1)
-    shares = window_gram.applies(geometry)
+    shares = window_gram.applies(geometry, _positions(geometry, inputs.shape))
     add = functools.partial(solvers.add_rows, with_gram=with_gram and not shares)
     moments = per_group(add, moments, rows, drift)
     if with_gram and shares:

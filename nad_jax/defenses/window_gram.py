@@ -15,6 +15,7 @@ every product is summed once and nothing is subtracted, so float32 loses nothing
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,20 @@ import numpy as np
 
 from nad_jax.models import layers as layers_lib
 
-# Below, the products are too small to be worth as many.
-_LEAST_CHANNELS = 32
+# Products of a Gram matrix for one image, below which the plain way is done before the
+# many small products here are compiled.
+_LEAST_PRODUCTS = 10**8
 _MOST_TAPS = 5
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def applies(geometry: layers_lib.Geometry) -> bool:
-    """Whether the windows of a layer overlap so that they share sums."""
+def applies(geometry: layers_lib.Geometry, positions: tuple[int, ...]) -> bool:
+    """Whether windows over inputs of these sizes share sums, and enough of them."""
     return (
-        max(geometry.window, default=1) > 1
-        and max(geometry.window) <= _MOST_TAPS
+        1 < max(geometry.window, default=1) <= _MOST_TAPS
         and all(step == 1 for step in (*geometry.strides, *geometry.dilation))
         and geometry.groups == 1
-        and geometry.kernel_shape[-2] >= _LEAST_CHANNELS
+        and math.prod(positions) * geometry.num_inputs**2 >= _LEAST_PRODUCTS
     )
 
 

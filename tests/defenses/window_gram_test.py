@@ -53,15 +53,15 @@ def gram_by_hand(geometry, inputs):
 
 
 @pytest.fixture(autouse=True)
-def any_number_of_channels(monkeypatch):
-    monkeypatch.setattr(window_gram, "_LEAST_CHANNELS", 1)
+def any_size(monkeypatch):
+    monkeypatch.setattr(window_gram, "_LEAST_PRODUCTS", 1)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_shared_sums_make_the_gram_matrix_of_all_windows(name):
     kernel_shape, padding, shape = CASES[name]
     geometry = geometry_of(kernel_shape, padding)
-    assert window_gram.applies(geometry)
+    assert window_gram.applies(geometry, shape[1:-1])
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     positions = shape[1:-1]
     with jax.disable_jit():
@@ -91,8 +91,15 @@ def test_windows_that_share_nothing_are_left_to_plain_products(changes):
     geometry = layers_lib.Geometry(
         **{"kernel_shape": (3, 3, 5, 2), "padding": "SAME", **fields, **changes}
     )
-    assert not window_gram.applies(geometry)
-    assert not window_gram.applies(layers_lib.Geometry((64, 3)))
+    assert not window_gram.applies(geometry, (8, 8))
+    assert not window_gram.applies(layers_lib.Geometry((64, 3)), ())
+
+
+def test_small_layers_are_not_worth_the_compilation(monkeypatch):
+    monkeypatch.undo()
+    of_digits = geometry_of((3, 3, 64, 64), "SAME")
+    assert not window_gram.applies(of_digits, (4, 4))
+    assert window_gram.applies(of_digits, (32, 32))
 
 
 def test_the_collector_uses_them_in_chunks_and_once_per_tensor(monkeypatch):
