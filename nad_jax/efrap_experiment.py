@@ -61,7 +61,7 @@ def run(
     """
     canary = environment.check_canary()
     if config.repairs is not None:
-        repairs.check_teacher(config.repairs, workdir)
+        repairs.given_teacher(config.repairs, workdir)
     with workdir.timed("data"):
         scene = set_scene(config)
     rows: list[schema.Row] = []

@@ -67,7 +67,7 @@ def run(
     """
     config = zoo.resolve(config)
     canary = environment.check_canary()
-    repairs.check_teacher(config.defense, workdir)
+    repairs.given_teacher(config.defense, workdir)
     with workdir.timed("data"):
         scene = _set_scene(config)
     inmate = None

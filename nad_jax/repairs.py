@@ -35,17 +35,21 @@ class Patient:
     key: jax.Array
 
 
-def check_teacher(
+def given_teacher(
     defense: settings.RepairSettings, workdir: workdir_lib.Workdir
-) -> None:
-    """Reads a teacher that is given, before anything is trained, and pins its bytes.
+) -> base.Net | None:
+    """The teacher from a file, its bytes pinned to the workdir; None if none is given.
+
+    Experiments also ask before they train anything, so that a bad file costs nothing.
 
     Raises:
       InputError: the file cannot be read, or is not that of earlier runs here.
     """
-    if defense.teacher is not None:
-        _, sha256 = zoo.read_net(defense.teacher)
-        workdir.check_input("teacher", sha256)
+    if defense.teacher is None:
+        return None
+    net, sha256 = zoo.read_net(defense.teacher)
+    workdir.check_input("teacher", sha256)
+    return net
 
 
 class Stages:
@@ -98,8 +102,9 @@ class Stages:
 
     def teacher(self) -> tuple[base.Net, float]:
         """The teacher of all rows that distil; a given one took no time."""
-        if self._defense.teacher is not None:
-            return zoo.read_net(self._defense.teacher)[0], 0.0
+        given = given_teacher(self._defense, self._workdir)
+        if given is not None:
+            return given, 0.0
         tuning = settings.TuningSettings(
             self._defense.training, patience=self._defense.patience
         )

@@ -84,7 +84,7 @@ def test_a_fresh_model_has_no_ties(arrays, tmp_path, capsys):
     [
         ("--config.float_model=nowhere", "nowhere"),
         ("--config.presets=('plain','mine')", "config.presets must be one or more of"),
-        ("--config.weight_bits=(9,)", "weight_bits must be one or more numbers"),
+        ("--config.weight_bits=(9,)", "weight_bits must be 2 to 8"),
     ],
 )
 def test_what_cannot_be_judged_is_one_line(tmp_path, capsys, override, message):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nad_jax import errors
+from nad_jax import errors, settings
 from nad_jax.core import (
     blind_rounding,
     channel_splitting,
@@ -28,18 +28,7 @@ from nad_jax.models import layers as layers_lib
 from nad_jax.training import sharding
 
 # Methods that look at the weights alone.
-BLIND = (
-    "nearest",
-    "floor",
-    "ceil",
-    "flipped",
-    "stochastic",
-    "random",
-    "top_error",
-    "noise",
-    "counter_shift",
-    "channel_split",
-)
+BLIND = (*settings.BLIND_ROUNDINGS, "counter_shift", "channel_split")
 # Those of them that come in degrees, with their default strength.
 STRENGTHS = {
     "random": 0.5,

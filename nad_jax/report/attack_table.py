@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nad_jax import errors
+from nad_jax import errors, settings
 from nad_jax.report import schema, tables
 
 # What tells the kinds of reports apart -> its heading, its usual columns, and whether
@@ -28,15 +28,7 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     ),
     "poison_rate": (
         "poisoned",
-        (
-            "float",
-            "fine_tuning",
-            "fine_pruning",
-            "mode_connectivity",
-            "ft_sam",
-            "nad",
-            "nad_sam",
-        ),
+        ("float", *settings.REPAIRS),
         False,
     ),
 }

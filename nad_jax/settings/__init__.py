@@ -47,6 +47,7 @@ from nad_jax.settings.parsing import (
 )
 from nad_jax.settings.quantization import (
     ADAM_FORMS,
+    BLIND_ROUNDINGS,
     ROUNDINGS,
     AdamSettings,
     ControlSettings,
@@ -68,6 +69,7 @@ __all__ = [
     "AdaptiveEotSettings",
     "AttackSettings",
     "AuditSettings",
+    "BLIND_ROUNDINGS",
     "CompArtifactSettings",
     "ControlSettings",
     "DataSettings",

@@ -6,30 +6,39 @@ from typing import Any
 
 from nad_jax.errors import InputError
 from nad_jax.settings.basics import GridSettings, TrainingSettings, TriggerSettings
-from nad_jax.settings.checks import check, check_name
+from nad_jax.settings.checks import check, check_name, check_widths
 
 # Ranges that stay as they are while the weights at their ends do.
 HOLDABLE_RANGES = ("absmax", "minmax")
 
 
 @dataclasses.dataclass(frozen=True)
-class PqSettings:
-    """Two-stage weight projection (`nad_jax.attacks.projection`).
+class ProjectionSettings:
+    """What attacks that hold weights in their rounding cells have in common.
 
     Attributes:
       wake: Stage 1, training through the quantizer.
       hide: Stage 2, training in float inside the rounding cells.
       cell_margin: Distance kept from the edge of a cell, in steps.
-      also_per_tensor: Hold the codes of the same grid with one scale per layer, too.
     """
 
     wake: TrainingSettings
     hide: TrainingSettings
     cell_margin: float = 1e-3
-    also_per_tensor: bool = False
 
     def __post_init__(self):
         check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
+
+
+@dataclasses.dataclass(frozen=True)
+class PqSettings(ProjectionSettings):
+    """Two-stage weight projection (`nad_jax.attacks.projection`).
+
+    Attributes:
+      also_per_tensor: Hold the codes of the same grid with one scale per layer, too.
+    """
+
+    also_per_tensor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +79,17 @@ class CompArtifactSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveEotSettings:
+class AdaptiveEotSettings(ProjectionSettings):
     """Projection with an expectation over roundings (`nad_jax.attacks.adaptive`).
 
     Attributes:
-      wake: Stage 1, training through the quantizer.
-      hide: Stage 2, training in float inside the rounding cells.
-      cell_margin: Distance kept from the edge of a cell, in steps.
       drawn_weight: Of the drawn rounding's loss, in both stages.
     """
 
-    wake: TrainingSettings
-    hide: TrainingSettings
-    cell_margin: float = 1e-3
     drawn_weight: float = 1.0
 
     def __post_init__(self):
-        check(self, "cell_margin", 0 < self.cell_margin < 0.5, "in (0, 0.5)")
+        super().__post_init__()
         check(self, "drawn_weight", self.drawn_weight >= 0, ">= 0")
 
 
@@ -173,9 +176,7 @@ class AttackSettings:
 
     def __post_init__(self):
         check_name(self, "label_mode", ("all_to_one", "all_to_all"))
-        good = all(bits in range(2, 9) for bits in self.weight_bits)
-        good = good and 0 < len(self.weight_bits) == len(set(self.weight_bits))
-        check(self, "weight_bits", good, "2 to 8, or several such numbers")
+        check_widths(self, "weight_bits")
         method = self.grid.grid().range_method
         if self.name in _HOLDING_ATTACKS and method not in HOLDABLE_RANGES:
             # A scale that depends on all weights cannot be held by pinning a few.

@@ -21,6 +21,14 @@ def check_bits(settings: Any, name: str, *, optional: bool = False) -> None:
     check(settings, name, good, "2 to 8" + (" or None" if optional else ""))
 
 
+def check_widths(settings: Any, name: str) -> None:
+    """For several widths at once, each once."""
+    widths = getattr(settings, name)
+    good = all(bits in range(2, 9) for bits in widths)
+    good = good and 0 < len(widths) == len(set(widths))
+    check(settings, name, good, "2 to 8, or several such numbers")
+
+
 def check_different(settings: Any, name: str) -> None:
     values = getattr(settings, name)
     check(settings, name, len(set(values)) == len(values), "all different")

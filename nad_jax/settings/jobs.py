@@ -19,6 +19,7 @@ from nad_jax.settings.checks import (
     check_name,
     check_patience,
     check_seeds,
+    check_widths,
 )
 from nad_jax.settings.quantization import EfrapSettings, QuantizationSettings
 from nad_jax.settings.repairs import NadSettings, RepairSettings
@@ -244,9 +245,7 @@ class InspectSettings:
         check_name(self, "job", ("inspect",))
         if not self.float_model:
             raise InputError("float_model is missing; give --config.float_model=FILE")
-        good = bool(self.weight_bits)
-        good = good and all(bits in range(2, 9) for bits in self.weight_bits)
-        check(self, "weight_bits", good, "one or more numbers from 2 to 8")
+        check_widths(self, "weight_bits")
         good = bool(self.presets) and set(self.presets) <= set(grids.GRIDS)
         check(self, "presets", good, f"one or more of {', '.join(grids.GRIDS)}")
         check_bits(self, "act_bits", optional=True)

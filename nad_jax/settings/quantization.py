@@ -7,7 +7,8 @@ from nad_jax.errors import InputError
 from nad_jax.settings.basics import GridSettings
 from nad_jax.settings.checks import check, check_bits, check_different, check_name
 
-ROUNDINGS = (
+# Roundings that look at nothing but the weights.
+BLIND_ROUNDINGS = (
     "nearest",
     "floor",
     "ceil",
@@ -16,6 +17,9 @@ ROUNDINGS = (
     "random",
     "top_error",
     "noise",
+)
+ROUNDINGS = (
+    *BLIND_ROUNDINGS,
     "qvec",
     "omse",
     "aciq",

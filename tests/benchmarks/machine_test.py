@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import machine, run
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -72,3 +72,25 @@ def test_the_real_proc_can_be_read():
     times = machine.read_times()
     assert times.busy > 0 and os.getpid() in times.processes
     assert machine.describe()["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("other", "stolen", "kept"),
+    [(0.1, 0.25, True), (0.11, 0.0, False), (0.0, 0.26, False)],
+)
+def test_a_run_beside_neighbours_or_robbed_by_the_host_is_not_kept(
+    monkeypatch, other, stolen, kept
+):
+    class Watch:
+        def lap(self):
+            return machine.Usage(other, stolen, "cc1 21")
+
+    monkeypatch.setattr(machine, "Watch", Watch)
+    quiet = run.Quiet(limit=0.1, stolen_limit=0.25, patience=0.0)
+    if kept:
+        assert quiet.run(lambda: "done") == "done"
+        assert (quiet.worst, quiet.stolen) == (other, stolen)
+        return
+    with pytest.raises(run.Refused, match=f"{other:.2f} cores .cc1 21 .*{stolen:.2f}"):
+        quiet.run(lambda: "done")
+    assert (quiet.worst, quiet.stolen) == (0.0, 0.0)

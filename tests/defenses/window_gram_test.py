@@ -11,6 +11,7 @@ import pytest
 from nad_jax.defenses import moments as moments_lib
 from nad_jax.defenses import window_gram
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import sharding
 
 # Kernel shape, padding, inputs.
 CASES = {
@@ -102,13 +103,21 @@ def test_small_layers_are_not_worth_the_compilation(monkeypatch):
     assert window_gram.applies(of_digits, (32, 32))
 
 
-def test_the_collector_uses_them_in_chunks_and_once_per_tensor(monkeypatch):
-    geometry = geometry_of((3, 3, 4, 2), "SAME")
+GEOMETRY = geometry_of((3, 3, 4, 2), "SAME")
+
+
+def some_inputs(count):
+    """Inputs, float inputs and a kernel."""
     generator = np.random.default_rng(1)
-    inputs, float_inputs = (
-        jnp.asarray(generator.normal(size=(5, 4, 4, 4)), jnp.float32) for _ in range(2)
-    )
-    kernel = jnp.asarray(generator.normal(size=(3, 3, 4, 2)), jnp.float32)
+    return [
+        jnp.asarray(generator.normal(size=shape), jnp.float32)
+        for shape in ((count, 4, 4, 4), (count, 4, 4, 4), (3, 3, 4, 2))
+    ]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Images of each piece that was summed; pieces of one size are traced once."""
     calls = []
     shared_sums = window_gram.shared_sums
 
@@ -117,13 +126,41 @@ def test_the_collector_uses_them_in_chunks_and_once_per_tensor(monkeypatch):
         return shared_sums(geometry, inputs)
 
     monkeypatch.setattr(window_gram, "shared_sums", counting)
+    moments_lib._add_chunk.clear_cache()
+    return calls
+
+
+def test_the_collector_uses_them_in_chunks_and_once_per_tensor(monkeypatch, calls):
+    # The sums have 9 * 4 * 13 * 4 values, an unfolded image 16 * 36: 3 images a chunk.
+    monkeypatch.setattr(moments_lib, "_UNFOLDED_BYTES", 1)
+    inputs, float_inputs, kernel = some_inputs(5)
     collector = moments_lib.Collector()
-    first = collector.collect(geometry, kernel, float_inputs, inputs)
-    expected = gram_by_hand(geometry, inputs)
+    first = collector.collect(GEOMETRY, kernel, float_inputs, inputs)
+    expected = gram_by_hand(GEOMETRY, inputs)
     np.testing.assert_allclose(first.gram[0], expected, atol=1e-4)
-    assert calls  # Otherwise this would test plain products.
-    traced = len(calls)
-    again = collector.collect(geometry, kernel + 1.0, float_inputs, inputs)
-    assert len(calls) == traced
+    assert calls == [3, 2]
+    again = collector.collect(GEOMETRY, kernel + 1.0, float_inputs, inputs)
+    assert calls == [3, 2]
     np.testing.assert_array_equal(again.gram, first.gram)
     assert not np.allclose(again.drift, first.drift)
+
+
+@pytest.mark.slow
+def test_devices_add_up_the_sums_of_their_own_images(monkeypatch, calls):
+    monkeypatch.setattr(moments_lib, "_UNFOLDED_BYTES", 1)
+    mesh = sharding.mesh_for_batch(8)
+    assert mesh is not None and mesh.size > 1
+    inputs, float_inputs, kernel = some_inputs(8)
+    whole = moments_lib.Collector().collect(GEOMETRY, kernel, float_inputs, inputs)
+    calls.clear()
+    split = moments_lib.Collector(mesh).collect(
+        GEOMETRY,
+        sharding.replicate(kernel, mesh),
+        *(sharding.shard_batch(x, mesh) for x in (float_inputs, inputs)),
+    )
+    assert calls and max(calls) <= 8 // mesh.size
+    for name in whole._fields:
+        np.testing.assert_allclose(
+            getattr(split, name), getattr(whole, name), atol=1e-4, err_msg=name
+        )
+    np.testing.assert_allclose(split.gram[0], gram_by_hand(GEOMETRY, inputs), atol=1e-4)
