@@ -70,6 +70,14 @@ def test_every_setting_of_the_shipped_config_is_read():
     assert set(config["defense"]) == set(fields)
 
 
+@pytest.mark.parametrize("attack", ["pq", "adaptive_eot"])
+def test_projections_share_the_limits_of_their_cells(attack):
+    sections = _config(variant=attack)
+    sections["attack"]["recipe"]["cell_margin"] = 0.5
+    with pytest.raises(errors.InputError, match=r"recipe.cell_margin must be in"):
+        settings.parse(sections)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -85,6 +93,7 @@ def test_every_setting_of_the_shipped_config_is_read():
         (("attack", "name"), "trojan", "config.attack.name must be of pq, qu_anti"),
         (("attack", "weight_bits"), (4, 9), "config.attack.weight_bits must be 2 to 8"),
         (("attack", "weight_bits"), (), "config.attack.weight_bits must be 2 to 8"),
+        (("attack", "weight_bits"), (4, 4), "config.attack.weight_bits must be 2 to 8"),
         (("attack", "recipe", "cell_margin"), 0.5, "recipe.cell_margin must be in"),
         (("attack", "recipe", "headroom"), 2.0, "recipe.headroom is not known"),
         (("defense", "grid", "preset"), "tflite", "grid.preset must be of plain"),
