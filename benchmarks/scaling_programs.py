@@ -109,7 +109,7 @@ def _count(devices: int) -> dict[str, Any]:
         "labels": jax.ShapeDtypeStruct((batch_size,), np.int32),
         "order": jax.ShapeDtypeStruct((1, batch_size), np.int32),
     }
-    data = feeds.Resident(**shapes)
+    data = feeds.Resident(**shapes, companions=())
     if mesh is not None:
         place = sharding.replicated(mesh)
         state, data = jax.tree.map(

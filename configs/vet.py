@@ -64,6 +64,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         p=2.0,
         reduction="sum",
         teacher_epochs=3,
+        teacher_views=0,
         beta_factors=(1.0,),
         accuracy_tolerance=0.01,
     )

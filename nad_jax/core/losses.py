@@ -37,7 +37,8 @@ def attention_distance(
     Args:
       student: Features of the student, ``[B, H, W, C]``.
       teacher: Features of the teacher, ``[B, H, W, D]``; only the number of channels
-        may differ, since maps have none.
+        may differ, since maps have none. Or its `attention_map`, ``[B, H, W]``, made
+        earlier with the same `p` and `reduction`: a frozen teacher's can be kept.
       p: Power of the attention map; the public code uses 2.
       reduction: ``"sum"`` or ``"mean"`` over channels; see `attention_map`.
 
@@ -61,9 +62,9 @@ def attention_distance(
       Li et al., "Neural Attention Distillation", ICLR 2021, equation 2.
     """
     student_map = attention.attention_map(student, p=p, reduction=reduction)
-    teacher_map = attention.attention_map(
-        jax.lax.stop_gradient(teacher), p=p, reduction=reduction
-    )
+    teacher_map = jax.lax.stop_gradient(teacher)
+    if teacher.ndim != 3:
+        teacher_map = attention.attention_map(teacher_map, p=p, reduction=reduction)
     shapes.check_same_shape(
         "the attention maps of student", student_map, "teacher", teacher_map
     )
@@ -86,7 +87,8 @@ def nad_loss(
 
     Args:
       student_features: Stage name to ``[B, H, W, C]``; sizes differ between stages.
-      teacher_features: The same names, each with the same B, H and W.
+      teacher_features: The same names, each with the same B, H and W; or the
+        teacher's attention maps, see `attention_distance`.
       betas: The same names; weight of each stage in mean-square units (the paper's
         beta; the public code uses 500, 1000, 1000 for three stages of a WRN-16-1).
         Plain numbers, not negative. See `convert_betas` for the other unit. A stage

@@ -83,6 +83,19 @@ def evaluation_batches(
     return jnp.where(mask, slots, 0), mask
 
 
+def draw_views(key: jax.Array, count: int) -> jax.Array:
+    """What decides the variation of each of so many images, for `show_views`.
+
+    Args:
+      key: fresh for each batch.
+      count: B.
+
+    Returns:
+      float32 `[B, 5]`, uniform in [0, 1).
+    """
+    return jax.random.uniform(key, (count, 5))
+
+
 def augment(
     key: jax.Array,
     images: jax.Array,
@@ -92,6 +105,32 @@ def augment(
     cutout: int = 0,
 ) -> jax.Array:
     """Each image cropped at random, perhaps mirrored, perhaps with a hole in it.
+
+    `show_views` of the views drawn from the key.
+
+    Args:
+      key: fresh for each batch.
+      images: `[B, H, W, C]`, float or integer; zero is black.
+      pad: in pixels, 0 for no crop.
+      flip: whether to mirror.
+      cutout: side of the hole in pixels, 0 for none.
+
+    Returns:
+      `[B, H, W, C]` of the same dtype.
+    """
+    views = draw_views(key, images.shape[0])
+    return show_views(views, images, pad=pad, flip=flip, cutout=cutout)
+
+
+def show_views(
+    views: jax.Array,
+    images: jax.Array,
+    *,
+    pad: int = 4,
+    flip: bool = True,
+    cutout: int = 0,
+) -> jax.Array:
+    """Each image cropped, perhaps mirrored, perhaps with a hole in it.
 
     The image is padded with `pad` zeros on every side and cropped back to H x W at an
     offset drawn uniformly from the `(2 pad + 1)^2` possible ones; then mirrored left to
@@ -103,7 +142,7 @@ def augment(
     `cutout=2` here.
 
     Args:
-      key: fresh for each batch.
+      views: from `draw_views`, `[B, 5]`; equal views are equal variations.
       images: `[B, H, W, C]`, float or integer; zero is black.
       pad: in pixels, 0 for no crop.
       flip: whether to mirror.
@@ -119,11 +158,10 @@ def augment(
         raise errors.InputError(f"pad and cutout must be >= 0, not {pad} and {cutout}")
     if images.ndim != 4:
         raise errors.InputError(f"images must be [B, H, W, C], not {images.shape}")
-    batch, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     row, column = jnp.arange(height)[None], jnp.arange(width)[None]  # [1, H], [1, W]
-    # One draw for all five choices; each is [B, 1].
-    chances = jnp.split(jax.random.uniform(key, (batch, 5)), 5, axis=1)
-    crop_row, crop_column, mirror, hole_row, hole_column = chances
+    # Each is [B, 1].
+    crop_row, crop_column, mirror, hole_row, hole_column = jnp.split(views, 5, axis=1)
 
     # Where each pixel of the result comes from; outside of the image means padding.
     from_row = row + _integer_below(2 * pad + 1, crop_row) - pad

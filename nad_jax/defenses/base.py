@@ -153,6 +153,8 @@ def tune(
     *,
     make_loss: Callable[[Any], steps.LossFn],
     frozen: Any = (),
+    make_batch: loop.MakeBatch | None = None,
+    companions: tuple[Any, ...] = (),
     key: jax.Array,
     project: Callable[[Any], Any] | None = None,
     on_epoch: OnEpoch | None = None,
@@ -169,6 +171,8 @@ def tune(
       frozen: Arrays that the loss needs and that never change, such as a teacher's
         variables. They enter the step as arguments, not as constants compiled into
         it, so that every teacher runs in the same program.
+      make_batch: As for `loop.fit`; None = the augmentation of `tuning`.
+      companions: As for `loop.fit`.
       key: Decides the order and the augmentation of images.
       project: Applied to the params after every step.
       on_epoch: Called after each epoch.
@@ -235,7 +239,8 @@ def tune(
             ),
             epochs=training.epochs,
             batch_size=training.batch_size,
-            make_batch=augmentation.make_batch(training),
+            make_batch=make_batch or augmentation.make_batch(training),
+            companions=companions,
             steps_per_dispatch=training.steps_per_dispatch,
             on_epoch=after_epoch,
             should_stop=should_stop,

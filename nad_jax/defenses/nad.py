@@ -25,7 +25,7 @@ import numpy as np
 from nad_jax import errors, settings
 from nad_jax.core import attention, losses
 from nad_jax.data import batches
-from nad_jax.defenses import base, fine_tuning
+from nad_jax.defenses import base, fine_tuning, view_bank
 from nad_jax.training import steps
 
 # A map whose positions differ by less than this share of their mean teaches nothing.
@@ -79,10 +79,22 @@ def run(
         )
         teacher = base.Net(victim.model, made.variables)
     betas = mean_square_betas(victim, clean_data, nad)
-    if any(betas.values()):
-        stages = [stage for stage, beta in betas.items() if beta]
+    stages = [stage for stage, beta in betas.items() if beta]
+    bank = None
+    if stages:
         for net in (victim, teacher):
             check_stages(net, clean_data.images, stages)
+        if nad.teacher_views:
+            bank = view_bank.build(
+                teacher,
+                clean_data.images,
+                tuning.training,
+                views=nad.teacher_views,
+                stages=stages,
+                p=nad.p,
+                reduction=nad.reduction,
+                key=key,
+            )
     validate = None
     if len(nad.beta_factors) > 1:
         validate = base.validation_accuracy(victim, clean_data)
@@ -96,12 +108,14 @@ def run(
             make_loss=lambda frozen, scaled=scaled: distillation_loss(
                 victim.model.apply,
                 teacher.model.apply,
-                frozen["teacher"],
+                frozen,
                 betas=scaled,
                 p=nad.p,
                 reduction=nad.reduction,
             ),
-            frozen={"teacher": teacher.variables},
+            frozen=teacher.variables if bank is None else (),
+            make_batch=None if bank is None else view_bank.make_batch(tuning.training),
+            companions=() if bank is None else bank,
             key=key,
             on_epoch=on_epoch,
             should_stop=should_stop,
@@ -150,7 +164,8 @@ def distillation_loss(
 ) -> steps.LossFn:
     """Cross-entropy plus the attention term, as a loss for a training step.
 
-    One forward pass of each net. The teacher gets no gradient and keeps its BatchNorm
+    One forward pass of each net; none of the teacher where the batch brings its maps
+    (`view_bank.make_batch`). The teacher gets no gradient and keeps its BatchNorm
     statistics. Metrics: "accuracy", "task_loss" and "distillation_loss", the terms
     apart.
 
@@ -163,7 +178,8 @@ def distillation_loss(
       p: Power of the attention map.
       reduction: "sum" or "mean" over channels.
     """
-    if not any(betas.values()):
+    betas = {stage: beta for stage, beta in betas.items() if beta}
+    if not betas:
         return steps.classification_loss(student_apply)
 
     def loss_fn(params, batch_stats, batch, key):
@@ -172,13 +188,15 @@ def distillation_loss(
         (logits, features), batch_stats = steps.apply_training(
             student_apply, params, batch_stats, images
         )
-        _, teacher_features = teacher_apply(
-            jax.lax.stop_gradient(teacher_variables), images, train=False
-        )
+        taught = batch.get("teacher_maps")
+        if taught is None:
+            _, taught = teacher_apply(
+                jax.lax.stop_gradient(teacher_variables), images, train=False
+            )
         task_loss = jnp.mean(steps.cross_entropy(logits, labels))
         distillation = losses.nad_loss(
             _select(features, betas),
-            _select(teacher_features, betas),
+            _select(taught, betas),
             betas=betas,
             p=p,
             reduction=reduction,

@@ -49,6 +49,8 @@ class NadSettings:
       p: Power of the attention map.
       reduction: "sum" or "mean" over channels.
       teacher_epochs: Fine-tuning that makes the teacher.
+      teacher_views: So many variations of each image, of which the teacher's maps are
+        computed once and kept; 0 = a new variation and a teacher pass in every step.
       beta_factors: Multiples of `betas` to try; held-out accuracy decides.
       accuracy_tolerance: What held-out accuracy may lose for a larger factor.
     """
@@ -58,6 +60,7 @@ class NadSettings:
     p: float = 2.0
     reduction: str = "sum"
     teacher_epochs: int = 10
+    teacher_views: int = 0
     beta_factors: tuple[float, ...] = (1.0,)
     accuracy_tolerance: float = 0.01
 
@@ -72,6 +75,7 @@ class NadSettings:
         check_name(self, "reduction", ("sum", "mean"))
         check(self, "p", self.p > 0, "> 0")
         check(self, "teacher_epochs", self.teacher_epochs >= 1, "at least 1")
+        check(self, "teacher_views", self.teacher_views >= 0, ">= 0")
         good = bool(self.beta_factors) and min(self.beta_factors) >= 0
         check(self, "beta_factors", good, "one or more numbers >= 0")
         check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")

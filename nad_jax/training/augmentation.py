@@ -22,10 +22,18 @@ def augment(
     training: settings.TrainingSettings, key: jax.Array, pixels: jax.Array
 ) -> jax.Array:
     """Images `[B, H, W, C]` with the crop, mirror and cutout of a stage."""
+    views = batches.draw_views(key, pixels.shape[0])
+    return show_views(training, views, pixels)
+
+
+def show_views(
+    training: settings.TrainingSettings, views: jax.Array, pixels: jax.Array
+) -> jax.Array:
+    """The same for views that were drawn before (`batches.draw_views`)."""
     if not (training.crop_padding or training.flip or training.cutout):
         return pixels
-    return batches.augment(
-        key,
+    return batches.show_views(
+        views,
         pixels,
         pad=training.crop_padding,
         flip=training.flip,

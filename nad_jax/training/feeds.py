@@ -29,8 +29,8 @@ class Supply(Protocol):
         """What tells `count` steps apart: every leaf has the leading axis `[S]`."""
         ...
 
-    def batch(self, part: Any) -> tuple[jax.Array, jax.Array]:
-        """Images uint8 `[B, H, W, C]` and labels `[B]` of one step."""
+    def batch(self, part: Any) -> tuple[Any, ...]:
+        """Images uint8 `[B, H, W, C]`, labels `[B]` and companions of one step."""
         ...
 
 
@@ -79,6 +79,7 @@ def open_feed(
     images: Any,
     labels: jax.Array,
     *,
+    companions: tuple[Any, ...] = (),
     state: state_lib.TrainState,
     batch_size: int,
     epochs: int,
@@ -91,6 +92,7 @@ def open_feed(
     Args:
         images: uint8 `[N, H, W, C]` or `stored.Images`.
         labels: int32 `[N]`.
+        companions: as for `loop.fit`.
         state: where training begins; its arrays are kept.
         batch_size: examples per step, over all devices.
         epochs: total number of epochs of the run.
@@ -99,6 +101,11 @@ def open_feed(
         place: of a feed of the same training at the same step, or None.
     """
     if isinstance(images, stored.Images):
+        if companions:
+            raise errors.InputError(
+                "companions belong to images that are an array, and these stay in "
+                f"their files; got {len(companions)}"
+            )
         return _FromFiles(
             images,
             labels,
@@ -114,7 +121,7 @@ def open_feed(
             f"workers read images that stay in their files, and these are an array; "
             f"got {workers}"
         )
-    return _OnDevice(images, labels, batch_size=batch_size, mesh=mesh)
+    return _OnDevice(images, labels, companions, batch_size=batch_size, mesh=mesh)
 
 
 class Resident(NamedTuple):
@@ -122,28 +129,36 @@ class Resident(NamedTuple):
 
     images: jax.Array
     labels: jax.Array
+    companions: tuple[Any, ...]
     order: jax.Array
 
     def parts(self, state: state_lib.TrainState, count: int) -> jax.Array:
         first = state.step - state.epoch * self.order.shape[0]
         return jax.lax.dynamic_slice_in_dim(self.order, first, count)
 
-    def batch(self, part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.images[part], self.labels[part]
+    def batch(self, part: jax.Array) -> tuple[Any, ...]:
+        companions = jax.tree.map(lambda leaf: leaf[part], self.companions)
+        return self.images[part], self.labels[part], *companions
 
 
 class _OnDevice:
     def __init__(
-        self, images: Any, labels: jax.Array, *, batch_size: int, mesh: Mesh | None
+        self,
+        images: Any,
+        labels: jax.Array,
+        companions: tuple[Any, ...],
+        *,
+        batch_size: int,
+        mesh: Mesh | None,
     ):
         self._order_of_epoch = functools.partial(
             order_of_epoch, num_examples=images.shape[0], batch_size=batch_size
         )
+        data = (images, labels, companions)
         if mesh is None:
-            images = jnp.asarray(images)
+            self._data = jax.tree.map(jnp.asarray, data)
         else:
-            images, labels = sharding.replicate((images, labels), mesh)
-        self._data = (images, labels)
+            self._data = sharding.replicate(data, mesh)
         self._order = jnp.zeros((0, 0), jnp.int32)
 
     def begin_epoch(self, state: state_lib.TrainState) -> None:
@@ -151,7 +166,8 @@ class _OnDevice:
 
     def take(self, count: int) -> Resident:
         del count  # The state says which steps come next.
-        return Resident(*self._data, self._order)
+        images, labels, companions = self._data
+        return Resident(images, labels, companions, self._order)
 
     def place(self) -> None:
         return None

@@ -25,8 +25,8 @@ from nad_jax.training import commits as commits_lib
 from nad_jax.training import feeds, sharding, steps
 from nad_jax.training import state as state_lib
 
-# (key, images uint8 [B, H, W, C], labels [B]) -> batch
-MakeBatch = Callable[[jax.Array, jax.Array, jax.Array], steps.Batch]
+# (key, images uint8 [B, H, W, C], labels [B], *companions) -> batch
+MakeBatch = Callable[..., steps.Batch]
 OnEpoch = Callable[[state_lib.TrainState, dict[str, float]], None]
 
 # How many programs the host starts before it waits for the first of them.
@@ -70,6 +70,7 @@ def fit(
     memory: Memory | None = None,
     mesh: Mesh | None = None,
     workers: int = 0,
+    companions: tuple[Any, ...] = (),
 ) -> state_lib.TrainState:
     """State after `epochs` epochs in all, those already done by `state` included.
 
@@ -86,9 +87,9 @@ def fit(
         batch_size: examples per step, over all devices. What is left over at the end
             of an epoch is dropped, other examples each time; a smaller data set is one
             batch.
-        make_batch: `(key, images, labels) -> batch`, pure and traceable, of the images
-            uint8 `[B, H, W, C]` and labels `[B]` of one step; every leaf of the batch
-            has the leading axis `[B]`.
+        make_batch: `(key, images, labels, *companions) -> batch`, pure and traceable,
+            of the images uint8 `[B, H, W, C]` and labels `[B]` of one step; every leaf
+            of the batch has the leading axis `[B]`.
         steps_per_dispatch: steps per compiled program. More means fewer gaps between
             programs and a longer compilation; results agree to rounding, not bitwise.
         on_epoch: called after each epoch with the state and the means of the metrics
@@ -105,6 +106,9 @@ def fit(
             and the states are then replicated over them. Every process of a mesh that
             spans several must make this call, with the same arguments.
         workers: processes that read `stored.Images`; 0 reads them in threads.
+        companions: pytrees of arrays `[N, ...]`, what else belongs to each image; the
+            rows of a batch are further arguments of `make_batch`. Not for
+            `stored.Images`, and no part of a commit.
 
     Raises:
         InputError: arrays, sizes or the state do not fit together; images cannot be
@@ -131,6 +135,7 @@ def fit(
     feed = feeds.open_feed(
         images,
         labels,
+        companions=companions,
         state=state,
         batch_size=batch_size,
         epochs=epochs,

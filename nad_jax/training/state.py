@@ -19,6 +19,7 @@ import optax
 SHUFFLE = 0
 AUGMENT = 1
 LOSS = 2
+VIEWS = 3
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -248,3 +248,12 @@ def test_the_gradient_is_the_number_of_copies_of_each_pixel():
     assert set(np.unique(copies)) == {0.0, 1.0}
     kept = (np.asarray(augment(KEY, images, pad=2, cutout=2)) > 0).sum()
     assert copies.sum() == kept
+
+
+def test_augment_shows_the_views_drawn_from_its_key():
+    images = jnp.asarray(np.random.default_rng(0).random((5, 8, 8, 3), np.float32))
+    settings = {"pad": 2, "flip": True, "cutout": 2}
+    np.testing.assert_array_equal(
+        batches.augment(KEY, images, **settings),
+        batches.show_views(batches.draw_views(KEY, 5), images, **settings),
+    )

@@ -243,3 +243,49 @@ def _pretend_to_own(monkeypatch, mesh, owned):
             if device in devices
         },
     )
+
+
+def test_companions_come_with_their_images(fit, toy_data):
+    """Also through a mesh, in several steps a program, at a batch's own rows."""
+    images, labels = toy_data
+    count = len(labels)
+    numbers = np.arange(count, dtype=np.float32)
+    seen = {"number": numbers, "first": images.reshape(count, -1)[:, 0]}
+
+    def make_batch(key, images, labels, companions):
+        del key
+        own = images.reshape(len(labels), -1)[:, 0]
+        wrong = jnp.sum(own != companions["first"])
+        return {
+            "images": images,
+            "labels": labels,
+            "number": companions["number"],
+            "wrong": jnp.full(labels.shape, wrong),
+        }
+
+    def loss_fn(params, batch_stats, batch, key):
+        del key
+        metrics = {"sum": jnp.sum(batch["number"]), "wrong": jnp.mean(batch["wrong"])}
+        return jnp.sum(params) * 0.0, (batch_stats, metrics)
+
+    means = {}
+    for mesh in (None, sharding.data_mesh(jax.devices()[:2])):
+        _, history = fit(
+            toy_data,
+            step_fn=steps.make_train_step(loss_fn, TX),
+            make_batch=make_batch,
+            companions=(seen,),
+            steps_per_dispatch=2,
+            mesh=mesh,
+        )
+        assert [epoch["wrong"] for epoch in history] == [0.0, 0.0]
+        means[mesh is None] = [epoch["sum"] for epoch in history]
+    assert means[True] == means[False]
+    # 48 of the 52 numbers 0 .. 51 in three batches: not all, and not the same.
+    assert means[True][0] != means[True][1]
+    assert 3 * means[True][0] == pytest.approx(sum(range(52)), rel=0.2)
+
+
+def test_companions_of_images_in_files_are_refused(fit, in_files):
+    with pytest.raises(errors.InputError, match="stay in their files; got 1"):
+        fit(in_files, companions=(np.zeros(52),))
