@@ -14,7 +14,6 @@ images of that. Reconstruction (flip weight 0) stands beside each.
 import argparse
 import json
 import pathlib
-import statistics
 from typing import Any
 
 import jax
@@ -94,25 +93,6 @@ def measure(
     return entries
 
 
-def table(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over seeds."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault((entry["images"], entry["method"]), []).append(entry)
-    rows = []
-    for (images, method), group in groups.items():
-        row: dict[str, Any] = {"images": images, "method": method, "seeds": len(group)}
-        for rate in ("acc", "asr"):
-            values = [entry[rate] for entry in group]
-            row[rate] = {
-                "mean": statistics.mean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-                "worst": max(values) if rate == "asr" else min(values),
-            }
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -134,7 +114,7 @@ def main() -> None:
         "attack": config.attack.name,
         "weight_bits": config.defense.weight_bits,
         "dataset": config.data.name,
-        "table": table(entries),
+        "table": results.over_seeds(entries, by=("images", "method")),
         "entries": entries,
     }
     results.write(arguments.out, report)

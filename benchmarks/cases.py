@@ -114,6 +114,7 @@ def build(*, quick: bool = False, torch_steps: int = 200) -> dict[str, Case]:
                 Side(
                     "5 steps a program", "nad_step", {**step, "steps_per_dispatch": 5}
                 ),
+                Side("maps of 4 views kept", "nad_step", {**step, "views": 4}),
             ),
             tuned("nad_step", step),
             work=floors.distillation("wrn_16_1", batch),

@@ -74,6 +74,36 @@ def row(
     return result | more
 
 
+def over_seeds(
+    entries: Sequence[Mapping[str, Any]], *, by: Sequence[str]
+) -> list[dict[str, Any]]:
+    """ACC and ASR of entries that differ in their seed only.
+
+    Args:
+      entries: Each with "acc" and "asr".
+      by: Names of what tells the groups apart.
+
+    Returns:
+      For each group what tells it apart, "seeds", the number of entries, and of "acc"
+      and "asr" each mean, sample standard deviation (None of one entry) and worst.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[name] for name in by), []).append(entry)
+    rows = []
+    for names, group in groups.items():
+        one: dict[str, Any] = {**dict(zip(by, names, strict=True)), "seeds": len(group)}
+        for rate, worst in (("acc", min), ("asr", max)):
+            values = [entry[rate] for entry in group]
+            one[rate] = {
+                "mean": statistics.mean(values),
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+                "worst": worst(values),
+            }
+        rows.append(one)
+    return rows
+
+
 def document(
     cases: Sequence[Mapping[str, Any]], *, facts: Mapping[str, Any]
 ) -> dict[str, Any]:

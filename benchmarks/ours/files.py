@@ -6,6 +6,7 @@ checkpoints as PyTorch files.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,16 +92,27 @@ def judge(channel: protocol.Channel, options: dict) -> None:
     """ACC and ASR of a checkpoint, whoever wrote it."""
     facts = start.facts()
     net = read_net(pathlib.Path(options["work"]) / options["file"], options["arch"])
-    images, labels = read_data(options["work"], "test")
-    rates = evaluation.evaluate(
-        lambda variables, x: net.model.apply(variables, x, train=False)[0],
+    found = rates(
+        base.Net(net.model, net.variables),
         net.variables,
+        *read_data(options["work"], "test"),
+    )
+    channel.ready(**found, **facts)
+
+
+def rates(
+    net: base.Net, variables: Any, images: np.ndarray, labels: np.ndarray
+) -> dict[str, float | None]:
+    """ACC and ASR of one architecture with these variables."""
+    found = evaluation.evaluate(
+        net.logits,
+        variables,
         images,
         labels,
         trigger=trigger(),
         target_labels=TARGET,
     )
-    channel.ready(acc=rates["acc"], asr=rates["asr"], **facts)
+    return {"acc": found["acc"], "asr": found["asr"]}
 
 
 def _pair(dataset: sources.Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -27,10 +27,7 @@ def erase(channel: protocol.Channel, options: dict) -> None:
     """NAD with the recipe of configs/vet.py on all of the clean images."""
     facts = start.facts()
     folder = pathlib.Path(options["work"])
-    sections = vet.get_config().to_dict()
-    # Parsing wants a checkpoint and nothing here reads that one.
-    config = settings.parse({**sections, "checkpoint": _VICTIM})
-    assert isinstance(config, settings.VetSettings)
+    config = recipe_of_vet()
     training, recipe = config.training, config.nad
     if "epochs" in options:
         training = dataclasses.replace(training, epochs=options["epochs"])
@@ -52,6 +49,15 @@ def erase(channel: protocol.Channel, options: dict) -> None:
         teacher_epochs=recipe.teacher_epochs,
         **facts,
     )
+
+
+def recipe_of_vet() -> settings.VetSettings:
+    """configs/vet.py."""
+    sections = vet.get_config().to_dict()
+    # Parsing wants a checkpoint and nothing here reads that one.
+    config = settings.parse({**sections, "checkpoint": _VICTIM})
+    assert isinstance(config, settings.VetSettings)
+    return config
 
 
 def efrap(channel: protocol.Channel, options: dict) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import floors, results
+from benchmarks import erase_recipes, floors, results
 from nad_jax import errors
 
 
@@ -76,3 +76,31 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
     work = floors.Work(operations=100, bytes=30)
     assert work.seconds(operations_per_second=10.0, bytes_per_second=10.0) == 10.0
     assert work.seconds(operations_per_second=100.0, bytes_per_second=10.0) == 3.0
+
+
+def test_seeds_are_summed_up_by_what_tells_entries_apart():
+    entries = [
+        {"recipe": "a", "seed": 0, "acc": 0.9, "asr": 0.1},
+        {"recipe": "a", "seed": 1, "acc": 0.7, "asr": 0.3},
+        {"recipe": "b", "seed": 0, "acc": 0.5, "asr": 0.0},
+    ]
+    first, second = results.over_seeds(entries, by=("recipe",))
+    assert (first["recipe"], first["seeds"]) == ("a", 2)
+    assert first["acc"] == {
+        "mean": pytest.approx(0.8),
+        "std": pytest.approx(0.02**0.5),
+        "worst": 0.7,
+    }
+    assert first["asr"]["worst"] == 0.3
+    assert second["acc"] == {"mean": 0.5, "std": None, "worst": 0.5}
+
+
+@pytest.mark.parametrize("recipe", ["3", "3+", "3+5/", "a+b", "3+5/4/2"])
+def test_a_recipe_that_is_none_is_refused(recipe):
+    with pytest.raises(SystemExit, match="a recipe is like"):
+        erase_recipes._parse(recipe)
+
+
+def test_a_recipe_says_epochs_and_views():
+    assert erase_recipes._parse("3+5") == (3, 5, 0)
+    assert erase_recipes._parse("10+20/4") == (10, 20, 4)
