@@ -63,8 +63,8 @@ def attack_table(
     if shows_clean:
         titles.append("clean model, float")
     lines = [
-        f"| attack | net | {heading} | {' | '.join(titles)} |",
-        "|---|---|---|" + "---:|" * len(titles),
+        f"| attack | net | {heading} | seeds | {' | '.join(titles)} |",
+        "|---|---|---|---:|" + "---:|" * len(titles),
     ]
     for report in reports:
         cells = [_cell(report, "backdoored", name) for name in rows]
@@ -73,7 +73,9 @@ def attack_table(
         value = report[fact]
         shown = f"W{value}" if fact == "weight_bits" else f"{100 * value:g} %"
         net = report["config"]["model"]["name"]
-        lines.append(f"| {report['attack']} | {net} | {shown} | {' | '.join(cells)} |")
+        seeds = len({row["seed"] for row in report["rows"]})
+        facts = [report["attack"], net, shown, str(seeds)]
+        lines.append(f"| {' | '.join([*facts, *cells])} |")
     return "\n".join(lines)
 
 

@@ -32,10 +32,11 @@ def test_cells_are_means_and_the_worst_of_several_seeds():
     table = attack_table.attack_table([REPORT], rows=("float", "nearest", "efrap"))
     head, _, line = table.splitlines()
     assert (
-        head == "| attack | net | bits | Float | Nearest | EFRAP | clean model, float |"
+        head == "| attack | net | bits | seeds | Float | Nearest | EFRAP "
+        "| clean model, float |"
     )
     cells = ["85.0 / 5.0 (10.0)", "50.0 / 100.0", "–", "75.0 / 25.0"]
-    assert line == f"| pq | resnet_14 | W4 | {' | '.join(cells)} |"
+    assert line == f"| pq | resnet_14 | W4 | 2 | {' | '.join(cells)} |"
 
 
 def test_a_report_of_another_job_is_refused(tmp_path, capsys):
@@ -49,8 +50,8 @@ def test_repairs_have_their_own_columns_and_are_not_mixed_with_roundings():
     repaired = {**REPORT, "poison_rate": 0.1}
     del repaired["weight_bits"]
     head, _, line = attack_table.attack_table([repaired]).splitlines()
-    assert head.startswith("| attack | net | poisoned | Float | Fine-tuning |")
-    assert line.startswith("| pq | resnet_14 | 10 % | 85.0 / 5.0 (10.0) | – |")
+    assert head.startswith("| attack | net | poisoned | seeds | Float | Fine-tuning |")
+    assert line.startswith("| pq | resnet_14 | 10 % | 2 | 85.0 / 5.0 (10.0) | – |")
     with pytest.raises(errors.InputError, match=r"configs/nad\.py alone"):
         attack_table.attack_table([REPORT, repaired])
     with pytest.raises(errors.InputError, match="at least one"):
