@@ -6,10 +6,13 @@
 
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
-no such row. Of roundings the last column is the clean model in float.
+no such row. Of roundings the last column is the clean model in float. Below repairs of
+several attacks stand the means over the attacks, each counted once, with the worst mean
+ASR of any attack, and the mean DER (`nad_jax.core.metrics`).
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,16 +79,52 @@ def attack_table(
         seeds = len({row["seed"] for row in report["rows"]})
         facts = [report["attack"], net, shown, str(seeds)]
         lines.append(f"| {' | '.join([*facts, *cells])} |")
+    if not shows_clean and len(reports) > 1:
+        lines += _means(reports, rows)
     return "\n".join(lines)
 
 
+def _means(reports: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> list[str]:
+    """The two lines below the attacks; a dash where a report lacks the row."""
+    rates, effects = [], []
+    for name in rows:
+        of_attacks = [_found(report, "backdoored", name) for report in reports]
+        if not all(of_attacks):
+            rates.append("–")
+            effects.append("–")
+            continue
+        acc, asr, der = (
+            [statistics.fmean(value(row) for row in found) for found in of_attacks]
+            for value in (
+                lambda row: row["acc"],
+                lambda row: row["asr"],
+                lambda row: row["extra"].get("der", math.nan),
+            )
+        )
+        rates.append(_rates(acc, asr))
+        effect = statistics.fmean(der)
+        effects.append("–" if math.isnan(effect) else f"{100 * effect:.1f}")
+    return [
+        f"| mean of the attacks | | | | {' | '.join(rates)} |",
+        f"| mean DER | | | | {' | '.join(effects)} |",
+    ]
+
+
+def _found(report: Mapping[str, Any], model: str, name: str) -> list[Any]:
+    return [r for r in report["rows"] if r["model"] == model and r["name"] == name]
+
+
+def _rates(acc: Sequence[float], asr: Sequence[float]) -> str:
+    """Means, and the worst ASR of several."""
+    cell = f"{100 * statistics.fmean(acc):.1f} / {100 * statistics.fmean(asr):.1f}"
+    return cell if len(asr) == 1 else f"{cell} ({100 * max(asr):.1f})"
+
+
 def _cell(report: Mapping[str, Any], model: str, name: str) -> str:
-    found = [r for r in report["rows"] if r["model"] == model and r["name"] == name]
+    found = _found(report, model, name)
     if not found:
         return "–"
-    acc, asr = ([row[rate] for row in found] for rate in ("acc", "asr"))
-    cell = f"{100 * statistics.fmean(acc):.1f} / {100 * statistics.fmean(asr):.1f}"
-    return cell if len(found) == 1 else f"{cell} ({100 * max(asr):.1f})"
+    return _rates([row["acc"] for row in found], [row["asr"] for row in found])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
