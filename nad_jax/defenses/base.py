@@ -123,8 +123,10 @@ def clean_data(
     dataset: sources.Dataset, rows: np.ndarray, validation_rows: np.ndarray
 ) -> CleanData:
     """The images at the rows of `clean_indices`."""
-    own, validation = dataset.take(rows), dataset.take(validation_rows)
-    return CleanData(own.images, own.labels, validation.images, validation.labels)
+    own = dataset.take(rows)
+    # Not `take`: a data set without images is refused, and nothing may be held out.
+    validation = dataset.images[validation_rows], dataset.labels[validation_rows]
+    return CleanData(own.images, own.labels, *validation)
 
 
 def validation_accuracy(net: Net, data: CleanData) -> Callable[[Any], float]:

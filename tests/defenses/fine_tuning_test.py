@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors, settings
+from nad_jax.data import sources
 from nad_jax.defenses import base, fine_tuning
 from nad_jax.training import commits, loop
 
@@ -159,3 +160,19 @@ def _leaf(defended, path):
     for name in path:
         leaf = leaf[name]
     return np.asarray(leaf)
+
+
+def test_nothing_need_be_held_out():
+    """No fraction, and so few images that the fraction rounds down to none."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (40, 4, 4, 1), np.uint8)
+    labels = np.repeat(np.arange(4), 10).astype(np.int32)
+    dataset = sources.Dataset(images, labels, num_classes=4, name="toy")
+    for fraction, share in ((1.0, 0.0), (0.2, 0.1)):
+        rows, held_out = base.clean_indices(
+            KEY, labels, fraction=fraction, validation_fraction=share
+        )
+        data = base.clean_data(dataset, rows, held_out)
+        np.testing.assert_array_equal(data.images, images[rows])
+        assert data.validation_images.shape == (0, 4, 4, 1)
+        assert data.validation_labels.shape == (0,)
