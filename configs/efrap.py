@@ -272,14 +272,15 @@ def _make_controls(config):
     )
     if config.model.name == "vit_tiny":
         betas.stage4 = 50.0
-        # The rate above leaves a transformer at chance.
-        training.update(
-            optimizer="adam", learning_rate=3e-4, schedule="cosine", milestones=()
-        )
     is_cifar = config.data.name == "cifar10"
     if is_cifar:
         betas.update(stage1=500.0, stage2=1000.0, stage3=1000.0)
         training.update(batch_size=64, learning_rate=0.1, crop_padding=4, flip=True)
+    if config.model.name == "vit_tiny":
+        # The rates above leave a transformer at chance.
+        training.update(
+            optimizer="adam", learning_rate=3e-4, schedule="cosine", milestones=()
+        )
     config.repairs = _section(
         rows=("fine_tuning", "nad"),
         clean_model_rows=(),

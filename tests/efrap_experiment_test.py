@@ -53,6 +53,13 @@ def test_models_of_another_config_are_refused(section, change, words, tmp_path):
     workdir.close()
 
 
+@pytest.mark.parametrize("variant", ["vit+controls", "vit+cifar10+controls"])
+def test_controls_of_a_transformer_are_not_trained_like_a_residual_net(variant):
+    """SGD at those rates leaves it at chance, and a control must be a fair one."""
+    training = config_file.get_config(variant).repairs.training
+    assert training.optimizer == "adam" and training.learning_rate <= 1e-3
+
+
 @pytest.mark.slow
 def test_float_repairs_make_two_rows_each(tmp_path):
     sections = config_file.get_config("controls+smoke")

@@ -93,20 +93,16 @@ def judge(channel: protocol.Channel, options: dict) -> None:
     facts = start.facts()
     net = read_net(pathlib.Path(options["work"]) / options["file"], options["arch"])
     found = rates(
-        base.Net(net.model, net.variables),
-        net.variables,
-        *read_data(options["work"], "test"),
+        base.Net(net.model, net.variables), *read_data(options["work"], "test")
     )
     channel.ready(**found, **facts)
 
 
-def rates(
-    net: base.Net, variables: Any, images: np.ndarray, labels: np.ndarray
-) -> dict[str, float | None]:
-    """ACC and ASR of one architecture with these variables."""
+def rates(net: base.Net, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """ACC and ASR of a net."""
     found = evaluation.evaluate(
         net.logits,
-        variables,
+        net.variables,
         images,
         labels,
         trigger=trigger(),

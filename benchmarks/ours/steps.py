@@ -61,7 +61,7 @@ def nad_step(channel: protocol.Channel, options: dict) -> None:
         facts["share_of_bank_seconds"] = share
 
     def loss_of(frozen: dict[str, Any]) -> steps.LossFn:
-        teacher = frozen["teacher"] if carried else net.variables
+        teacher = frozen.get("teacher", net.variables)
         if options.get("attention") == "plain":
             return _plain_attention(net.model, teacher)
         on = options.get("attention") != "none"
@@ -78,7 +78,7 @@ def nad_step(channel: protocol.Channel, options: dict) -> None:
             base.CleanData(images, labels, *none),
             settings.TuningSettings(training),
             make_loss=loss_of,
-            frozen={"teacher": net.variables} if carried else {},
+            frozen={"teacher": net.variables} if carried and not kept else {},
             **kept,
             key=jax.random.key(0),
             on_epoch=lambda variables, metrics: on_epoch(),
@@ -92,20 +92,14 @@ def _keep_maps(
 ) -> tuple[dict[str, Any], float]:
     """What `base.tune` needs of a bank, and a step's share of making one.
 
-    The share is that of the reference's run, 20 epochs of 39 steps on 2,500 images. The
-    bank is made twice, because the first time compiles.
+    The share is that of the reference's run, 20 epochs of 39 steps on 2,500 images; a
+    shorter one pays more. The bank is made twice, because the first time compiles.
     """
+    maps_of = view_bank.maps_fn(net.model, training, stages=BETAS, p=2, reduction="sum")
 
     def build(images: np.ndarray) -> view_bank.ViewBank:
         return view_bank.build(
-            net,
-            images,
-            training,
-            views=views,
-            stages=BETAS,
-            p=2,
-            reduction="sum",
-            key=jax.random.key(0),
+            maps_of, net.variables, images, views=views, key=jax.random.key(0)
         )
 
     all_images, _ = _pictures(2500)

@@ -8,7 +8,8 @@ A defence is a function
 
 of the victim and of the defender's own clean images: nothing in this room ever sees
 test data or a trigger. Defences differ in their loss (`nad_jax.training.steps.LossFn`),
-not in their loop, and with equal settings and key they see the same batches.
+not in their loop, and with equal settings and key they see the same batches; NAD that
+keeps its teacher's maps (`view_bank`) is the exception.
 """
 
 import dataclasses

@@ -57,7 +57,8 @@ def run(
       tuning: The student's training; with a sharpness radius the distillation, too,
         happens in a SAM step.
       nad: The attention term.
-      key: The same key makes the same batches in every defence.
+      key: The same key makes the same batches in every defence, but for NAD with
+        `nad.teacher_views`.
       teacher: None = `make_teacher`. Another architecture will do as long as its stages
         have the same names and sizes.
       on_epoch: Called after each epoch of a student.
@@ -86,14 +87,18 @@ def run(
             check_stages(net, clean_data.images, stages)
         if nad.teacher_views:
             bank = view_bank.build(
-                teacher,
+                view_bank.maps_fn(
+                    teacher.model,
+                    tuning.training,
+                    stages=stages,
+                    p=nad.p,
+                    reduction=nad.reduction,
+                ),
+                teacher.variables,
                 clean_data.images,
-                tuning.training,
                 views=nad.teacher_views,
-                stages=stages,
-                p=nad.p,
-                reduction=nad.reduction,
                 key=key,
+                should_stop=should_stop,
             )
     validate = None
     if len(nad.beta_factors) > 1:
@@ -101,6 +106,8 @@ def run(
     students = []
     for factor in sorted(nad.beta_factors):
         scaled = {stage: beta * factor for stage, beta in betas.items()}
+        # Without the term it is fine-tuning, with fine-tuning's batches.
+        kept = bank if factor else None
         student = base.tune(
             victim,
             clean_data,
@@ -113,9 +120,9 @@ def run(
                 p=nad.p,
                 reduction=nad.reduction,
             ),
-            frozen=teacher.variables if bank is None else (),
-            make_batch=None if bank is None else view_bank.make_batch(tuning.training),
-            companions=() if bank is None else bank,
+            frozen=teacher.variables if kept is None else (),
+            make_batch=None if kept is None else view_bank.make_batch(tuning.training),
+            companions=() if kept is None else kept,
             key=key,
             on_epoch=on_epoch,
             should_stop=should_stop,

@@ -7,7 +7,7 @@
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
 no such row. Of roundings the last column is the clean model in float. Below repairs of
-several attacks stand the means over the attacks, each counted once, with the worst mean
+several attacks, one report each, stand the means over the attacks, with the worst mean
 ASR of any attack, and the mean DER (`nad_jax.core.metrics`).
 """
 
@@ -76,10 +76,10 @@ def attack_table(
         value = report[fact]
         shown = f"W{value}" if fact == "weight_bits" else f"{100 * value:g} %"
         net = report["config"]["model"]["name"]
-        seeds = len({row["seed"] for row in report["rows"]})
+        seeds = len({r["seed"] for r in report["rows"] if r["model"] == "backdoored"})
         facts = [report["attack"], net, shown, str(seeds)]
         lines.append(f"| {' | '.join([*facts, *cells])} |")
-    if not shows_clean and len(reports) > 1:
+    if not shows_clean and len({r["attack"] for r in reports}) == len(reports) > 1:
         lines += _means(reports, rows)
     return "\n".join(lines)
 
@@ -105,7 +105,7 @@ def _means(reports: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> list[st
         effect = statistics.fmean(der)
         effects.append("–" if math.isnan(effect) else f"{100 * effect:.1f}")
     return [
-        f"| mean of the attacks | | | | {' | '.join(rates)} |",
+        f"| mean (worst attack) | | | | {' | '.join(rates)} |",
         f"| mean DER | | | | {' | '.join(effects)} |",
     ]
 

@@ -50,7 +50,8 @@ class NadSettings:
       reduction: "sum" or "mean" over channels.
       teacher_epochs: Fine-tuning that makes the teacher.
       teacher_views: So many variations of each image, of which the teacher's maps are
-        computed once and kept; 0 = a new variation and a teacher pass in every step.
+        computed once and kept; its batches then differ from those of the controls.
+        0 = a new variation and a teacher pass in every step.
       beta_factors: Multiples of `betas` to try; held-out accuracy decides.
       accuracy_tolerance: What held-out accuracy may lose for a larger factor.
     """

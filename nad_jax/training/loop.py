@@ -119,6 +119,13 @@ def fit(
             state of the last `on_epoch`.
     """
     images, labels = checked(images, labels)
+    for leaf in jax.tree.leaves(companions):
+        # A row beyond the end would be another image's, without a word.
+        if leaf.shape[:1] != images.shape[:1]:
+            raise errors.InputError(
+                f"companions must be [{images.shape[0]}, ...], one row per image, got "
+                f"{leaf.shape}"
+            )
     steps_per_epoch, examples_per_step = feeds.shape_of_epoch(
         images.shape[0], batch_size
     )

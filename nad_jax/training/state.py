@@ -70,7 +70,7 @@ def variables(state: TrainState) -> dict[str, Any]:
 def derive_key(
     key: jax.Array, purpose: int, counter: int | jax.Array | None = None
 ) -> jax.Array:
-    """Key for one use (`SHUFFLE`, `AUGMENT`, `LOSS`) at one counter value."""
+    """Key for one use (`SHUFFLE`, `AUGMENT`, ...) at one counter value."""
     purpose_key = jax.random.fold_in(key, purpose)
     if counter is None:
         return purpose_key

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies
 
 from nad_jax import errors
-from nad_jax.core import losses
+from nad_jax.core import attention, losses
 
 property_test = hypothesis.settings(
     max_examples=15, deadline=None, derandomize=True, database=None
@@ -109,6 +109,24 @@ def test_distance_is_bounded_symmetric_and_free_of_scale(seed):
     np.testing.assert_allclose(
         attention_distance(right * 1024, left / 1024), distance, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("p, reduction", [(2, "sum"), (1, "mean")])
+def test_a_teachers_map_can_be_given_instead_of_its_features(p, reduction):
+    generator = np.random.default_rng(8)
+    student, teacher = generator.random((2, 3, 4, 5, 6), np.float32)
+    options = {"p": p, "reduction": reduction}
+    kept = attention.attention_map(teacher, **options)
+    np.testing.assert_array_equal(
+        losses.attention_distance(student, kept, **options),
+        losses.attention_distance(student, teacher, **options),
+    )
+    gradient = jax.grad(
+        lambda kept: losses.attention_distance(student, kept, **options).sum()
+    )(kept)
+    assert not np.any(gradient)
+    with pytest.raises(errors.InputError, match="attention maps of student"):
+        losses.attention_distance(student, kept[:, :-1], **options)
 
 
 def test_maps_without_overlap_reach_the_bound():

@@ -10,6 +10,7 @@ import pytest
 
 from nad_jax import errors, settings
 from nad_jax.defenses import base, nad, view_bank
+from nad_jax.training import evaluation, loop
 
 KEY = jax.random.key(11)
 STAGES = ("stage1", "stage2")
@@ -28,16 +29,16 @@ def training(tuning):
 
 @pytest.fixture(scope="module")
 def build(teacher, clean_data, training):
-    def build(views, *, count=24, p=2.0, reduction="sum"):
+    def build(views, *, p=2.0, reduction="sum", should_stop=None):
         return view_bank.build(
-            teacher,
-            clean_data.images[:count],
-            training,
+            view_bank.maps_fn(
+                teacher.model, training, stages=STAGES, p=p, reduction=reduction
+            ),
+            teacher.variables,
+            clean_data.images[:24],
             views=views,
-            stages=STAGES,
-            p=p,
-            reduction=reduction,
             key=KEY,
+            should_stop=should_stop,
         )
 
     return build
@@ -93,12 +94,10 @@ def test_views_of_images_and_of_keys_differ(build):
     assert len(np.unique(views)) == views.size
 
 
-def test_images_beyond_whole_batches_have_their_maps(
-    monkeypatch, build, batch_of, teacher
-):
-    whole = build(2, count=24)
-    monkeypatch.setattr(view_bank, "_BATCH_SIZE", 7)
-    parts = build(2, count=24)
+def test_images_beyond_whole_batches_have_their_maps(monkeypatch, build):
+    whole = build(2)
+    monkeypatch.setattr(evaluation, "DEFAULT_BATCH_SIZE", 7)
+    parts = build(2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
 
 
@@ -140,6 +139,30 @@ def test_kept_maps_get_no_gradient(build, batch_of, victim, teacher):
         )[0]
     )(batch["teacher_maps"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_stop_is_asked_for_between_batches(build):
+    answers = iter([False, True])
+    with pytest.raises(loop.TrainingInterrupted, match="view 2 of 3"):
+        build(3, should_stop=lambda: next(answers))
+
+
+@pytest.mark.parametrize("views, factor", [(2, 1.0), (2, 0.0), (0, 1.0)])
+def test_a_student_is_trained_on_the_bank_only_where_it_has_one(
+    monkeypatch, victim, teacher, clean_data, tuning, views, factor
+):
+    given = {}
+    monkeypatch.setattr(
+        base, "tune", lambda *a, **k: given.update(k) or base.Defended(None, ())
+    )
+    recipe = settings.NadSettings(BETAS, teacher_views=views, beta_factors=(factor,))
+    nad.run(victim, clean_data, tuning, recipe, key=KEY, teacher=teacher)
+    if views and factor:
+        assert given["companions"].views.shape[:2] == (len(clean_data.labels), views)
+        assert given["make_batch"] is not None and given["frozen"] == ()
+    else:
+        assert given["companions"] == () and given["make_batch"] is None
+        assert given["frozen"] is teacher.variables
 
 
 @pytest.mark.slow

@@ -64,15 +64,17 @@ def test_attacks_count_once_in_the_means_whatever_their_seeds():
         return {**REPORT, "poison_rate": 0.1, "rows": rows}
 
     first = report((_row("nad", 0, 0.9, 0.0), 0.9), (_row("nad", 1, 0.7, 0.2), 0.7))
-    second = report((_row("nad", 0, 0.6, 0.5), 0.6))
+    second = {**report((_row("nad", 0, 0.6, 0.5), 0.6)), "attack": "blend"}
     for one in (first, second):
         del one["weight_bits"]
     table = attack_table.attack_table([first, second], rows=("nad", "ft_sam"))
     # (80 + 60) / 2, (10 + 50) / 2, the worse of 10 and 50; (80 + 60) / 2.
     assert table.splitlines()[-2:] == [
-        "| mean of the attacks | | | | 70.0 / 30.0 (50.0) | – |",
+        "| mean (worst attack) | | | | 70.0 / 30.0 (50.0) | – |",
         "| mean DER | | | | 70.0 | – |",
     ]
+    # Twice the same attack is no mean over attacks.
+    assert "mean" not in attack_table.attack_table([first, first], rows=("nad",))
 
 
 @pytest.mark.parametrize("job", ["efrap", "nad"])

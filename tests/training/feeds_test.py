@@ -289,3 +289,8 @@ def test_companions_come_with_their_images(fit, toy_data):
 def test_companions_of_images_in_files_are_refused(fit, in_files):
     with pytest.raises(errors.InputError, match="stay in their files; got 1"):
         fit(in_files, companions=(np.zeros(52),))
+
+
+def test_companions_that_are_too_few_are_refused(fit, toy_data):
+    with pytest.raises(errors.InputError, match=r"must be \[52, ...\].*got \(20,\)"):
+        fit(toy_data, companions=(np.zeros(20),))
