@@ -115,6 +115,11 @@ def build(*, quick: bool = False, torch_steps: int = 200) -> dict[str, Case]:
                     "5 steps a program", "nad_step", {**step, "steps_per_dispatch": 5}
                 ),
                 Side("maps of 4 views kept", "nad_step", {**step, "views": 4}),
+                Side(
+                    "maps of 4 views kept, 5 steps a program",
+                    "nad_step",
+                    {**step, "views": 4, "steps_per_dispatch": 5},
+                ),
             ),
             tuned("nad_step", step),
             work=floors.distillation("wrn_16_1", batch),
