@@ -35,6 +35,8 @@ class Channel:
     def __init__(self):
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
+        # Line by line, or what was printed before an error comes after it.
+        sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore
 
     def ready(self, **facts: Any) -> None:
         """Says that the next "go" will be timed."""
