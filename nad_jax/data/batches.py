@@ -96,32 +96,6 @@ def draw_views(key: jax.Array, count: int) -> jax.Array:
     return jax.random.uniform(key, (count, 5))
 
 
-def augment(
-    key: jax.Array,
-    images: jax.Array,
-    *,
-    pad: int = 4,
-    flip: bool = True,
-    cutout: int = 0,
-) -> jax.Array:
-    """Each image cropped at random, perhaps mirrored, perhaps with a hole in it.
-
-    `show_views` of the views drawn from the key.
-
-    Args:
-      key: fresh for each batch.
-      images: `[B, H, W, C]`, float or integer; zero is black.
-      pad: in pixels, 0 for no crop.
-      flip: whether to mirror.
-      cutout: side of the hole in pixels, 0 for none.
-
-    Returns:
-      `[B, H, W, C]` of the same dtype.
-    """
-    views = draw_views(key, images.shape[0])
-    return show_views(views, images, pad=pad, flip=flip, cutout=cutout)
-
-
 def show_views(
     views: jax.Array,
     images: jax.Array,

@@ -67,7 +67,8 @@ def train(mesh: Any) -> tuple[Any, dict[str, Any]]:
     tx = optax.sgd(0.1)
 
     def make_batch(key, images, labels):
-        pixels = batches.augment(key, batches.to_float(images), pad=1)
+        views = batches.draw_views(key, images.shape[0])
+        pixels = batches.show_views(views, batches.to_float(images), pad=1)
         return {"images": pixels, "labels": labels}
 
     step_fn = steps.make_train_step(steps.classification_loss(net.apply), tx)
