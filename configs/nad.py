@@ -149,7 +149,7 @@ def _make_cifar10(config):
     config.data.image_size = config_dict.placeholder(int)
     config.model.name = "wrn_16_1"
     config.victim.update(
-        epochs=12,
+        epochs=8,
         optimizer="sgd",
         learning_rate=0.3,
         schedule="one_cycle",

@@ -253,6 +253,7 @@ def layer_entries(
             "flip_rate": report.flip_rate,
             "objective_nearest": report.objective_nearest,
             "objective": report.objective,
+            "objective_descent": report.objective_descent,
             "seconds": report.seconds,
         }
         for report in result.layers.values()

@@ -75,6 +75,8 @@ class LayerReport:
       objective: The same for the rounding chosen.
       soft_output_error: Of the soft rounding before hardening ("adam" only).
       hard_output_error: After it.
+      objective_descent: What coordinate descent would have reached here, on the same
+        inputs at the same prices ("adam" only): one solver against the other.
       trace: Objective after each sweep ("coordinate" only).
       converged: Whether no single flip would gain any more ("coordinate" only); False
         when `max_sweeps` ended the descent.
@@ -89,6 +91,7 @@ class LayerReport:
     objective: float | None = None
     soft_output_error: float | None = None
     hard_output_error: float | None = None
+    objective_descent: float | None = None
     trace: tuple[float, ...] = ()
     converged: bool | None = None
     seconds: float = 0.0

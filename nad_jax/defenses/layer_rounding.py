@@ -242,6 +242,7 @@ def make_adam_rounder(
             keys[name],
         )
         chosen, details = adam_rounding.solve(task, adam)
+        details["objective_descent"] = float(np.sum(_descent_reach(problem)))
         return _finish(kernel, chosen, params, placement, specs[name]), details
 
     return round_layer
@@ -386,6 +387,15 @@ def _descend(geometry, spec, method, mesh, moments, kernel, params, flip_weight)
     if mesh is None:
         return outcome
     return jax.lax.with_sharding_constraint(outcome, sharding.replicated(mesh))
+
+
+@jax.jit
+def _descent_reach(problem: solvers.RoundingProblem) -> jax.Array:
+    """Objective of coordinate descent from nearest, `[groups]`."""
+    solution = moments_lib.per_group(
+        lambda p: solvers.coordinate_descent(p, p.nearest), problem
+    )
+    return solution.trace[:, -1]
 
 
 def _split_channels(problem: solvers.RoundingProblem, mesh: Mesh):

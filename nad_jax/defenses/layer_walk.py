@@ -34,6 +34,7 @@ import jax.core
 
 from nad_jax import errors
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import environment
 
 # (layer, float_inputs, inputs) -> (kernel, inputs) for the quantized pass.
 Visit = Callable[[layers_lib.Layer, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -78,7 +79,7 @@ def walk(
     def float_pass(hand_over):
         def pause(next_fun, args, kwargs, context):
             if not layers_lib.is_layer_call(context):
-                return next_fun(*args, **kwargs)
+                return _between(next_fun, args, kwargs, context)
             path, inputs = context.module.path, args[0]
             _check_concrete(path, inputs)
             hand_over((path, inputs))
@@ -93,7 +94,7 @@ def walk(
 
         def replace(next_fun, args, kwargs, context):
             if not layers_lib.is_layer_call(context):
-                return next_fun(*args, **kwargs)
+                return _between(next_fun, args, kwargs, context)
             _check_concrete(context.module.path, args[0])
             path, float_inputs = next(float_layers)
             assert path == context.module.path, (path, context.module.path)
@@ -102,6 +103,7 @@ def walk(
                 inputs = inputs if revisit is None else revisit(layer, inputs)
             else:
                 visited[path], inputs = visit(layer, float_inputs, inputs)
+                environment.give_memory_back()
             params = context.module.variables["params"]
             return _run(layer.geometry, visited[path], inputs, params)
 
@@ -110,6 +112,38 @@ def walk(
         # Compiled code that ran before runs again without passing by here.
         if path not in visited:
             raise _hidden(path)
+
+
+def _between(next_fun, args, kwargs, context) -> Any:
+    """Any other call; a BatchNorm that only scales and shifts in one program.
+
+    Its three operations one by one would read and write all images three times, and
+    keep two more copies of them.
+    """
+    module = context.module
+    if not (
+        isinstance(module, nn.BatchNorm)
+        and context.method_name == "__call__"
+        and isinstance(module.axis, int)
+        and len(args) == 1
+        and kwargs.keys() <= {"use_running_average"}
+        # Within that program it comes by here again.
+        and not isinstance(args[0], jax.core.Tracer)
+    ):
+        return next_fun(*args, **kwargs)
+    uses_running = kwargs.get("use_running_average")
+    if uses_running is None:
+        uses_running = module.use_running_average
+    if not uses_running:
+        return next_fun(*args, **kwargs)
+    # Without its name: modules that differ in nothing else share the program.
+    unbound = module.clone(parent=None, name=None, use_running_average=None)
+    return _normalize(unbound, module.variables, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normalize(module: nn.BatchNorm, variables: Any, inputs: jax.Array) -> jax.Array:
+    return module.apply(variables, inputs, use_running_average=True)
 
 
 def _check_concrete(path: layers_lib.Path, inputs: jax.Array) -> None:

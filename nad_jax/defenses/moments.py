@@ -7,6 +7,7 @@ over devices ends it.
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -63,7 +64,8 @@ class Collector:
 
     def __init__(self, mesh: Mesh | None = None):
         self._mesh = mesh
-        self._inputs: Any = None
+        # Seen, not kept: they are as large as all images of a layer.
+        self._inputs: Callable[[], Any] = lambda: None
         self._unfolding: Any = None
         self._gram: Any = None
 
@@ -86,7 +88,7 @@ class Collector:
         unfolding = dataclasses.replace(
             geometry, kernel_shape=(*geometry.kernel_shape[:-1], 0)
         )
-        known = inputs is self._inputs and unfolding == self._unfolding
+        known = inputs is self._inputs() and unfolding == self._unfolding
         positions = _positions(geometry, inputs.shape)
         if self._mesh is not None:
             moments = _collect_split(
@@ -110,7 +112,7 @@ class Collector:
         elif window_gram.applies(geometry, positions):
             gram = _gram_matrix(geometry, positions, moments.gram[0])
             moments = moments._replace(gram=gram[None])
-        self._inputs, self._unfolding = inputs, unfolding
+        self._inputs, self._unfolding = weakref.ref(inputs), unfolding
         self._gram = moments.gram
         return moments
 

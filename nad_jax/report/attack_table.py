@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line for each report, one column for each rounding: the table over attacks.
+"""One line for each experiment, one column for each rounding: the table over attacks.
 
     python -m nad_jax.report.attack_table results/efrap/digits_*_w4.json
     python -m nad_jax.report.attack_table results/nad/digits_*.json
 
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
-no such row. Of roundings the last column is the clean model in float. Below repairs of
-several attacks, one report each, stand the means over the attacks, with the worst mean
-ASR of any attack, and the mean DER (`nad_jax.core.metrics`).
+no such row. Reports that differ in nothing but their seeds share a line. Of roundings
+the last column is the clean model in float. Below repairs of several attacks, one line
+each, stand the means over the attacks, with the worst mean ASR of any attack, and the
+mean DER (`nad_jax.core.metrics`).
 """
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -36,6 +38,9 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     ),
 }
 
+# Parts of a config that may differ between runs of one experiment.
+_PER_RUN = ("seeds", "victim_workdir")
+
 
 def attack_table(
     reports: Sequence[Mapping[str, Any]], *, rows: Sequence[str] | None = None
@@ -48,7 +53,8 @@ def attack_table(
       rows: Names of the columns' rows, in order; None = the usual ones.
 
     Raises:
-      InputError: a report of another job than the first.
+      InputError: a report of another job than the first; two of one experiment that
+        hold the same seed.
     """
     fact = next((fact for fact in _KINDS if reports and fact in reports[0]), None)
     for report in reports:
@@ -60,6 +66,7 @@ def attack_table(
             )
     if fact is None:
         raise errors.InputError("reports must be at least one, got none")
+    reports = _joined(reports)
     heading, usual, shows_clean = _KINDS[fact]
     rows = usual if rows is None else rows
     titles = [tables.row_label(name) for name in rows]
@@ -82,6 +89,29 @@ def attack_table(
     if not shows_clean and len({r["attack"] for r in reports}) == len(reports) > 1:
         lines += _means(reports, rows)
     return "\n".join(lines)
+
+
+def _joined(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Reports, those that differ in their seeds alone as one with all of their rows."""
+    joined: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        # Where files lie is no part of an experiment.
+        config = {k: v for k, v in report["config"].items() if k not in _PER_RUN}
+        if "data" in config:
+            config["data"] = {**config["data"], "data_dir": None}
+        key = json.dumps([report["attack"], config], sort_keys=True)
+        if key not in joined:
+            joined[key] = dict(report)
+            continue
+        known = joined[key]["rows"]
+        again = {row["seed"] for row in known} & {row["seed"] for row in report["rows"]}
+        if again:
+            raise errors.InputError(
+                f"reports of one experiment must hold different seeds, got seed "
+                f"{min(again)} of {report['attack']} twice"
+            )
+        joined[key]["rows"] = [*known, *report["rows"]]
+    return list(joined.values())
 
 
 def _means(reports: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> list[str]:

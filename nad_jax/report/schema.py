@@ -16,7 +16,8 @@ and `rows` always; `title`, `command`, `layers`, `claims`, `notes` and `curves` 
 there is something to say; and the facts a run is found by, such as `attack` and
 `dataset`. Entries of `layers` hold `seed`, `row` (the name of the row they belong to),
 `layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and `seconds`, and
-optionally `model`, `weight_bits` and `act_bits`. Entries of `curves` hold `seed`,
+optionally `model`, `weight_bits`, `act_bits` and `objective_descent` (what coordinate
+descent reaches where another solver was used). Entries of `curves` hold `seed`,
 `model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
 
 A run against a planted backdoor is found by `attack`, `dataset` and `seed` (a list if
@@ -338,6 +339,8 @@ def _check_layer(layer: Any, where: str) -> None:
     for key in ("objective_nearest", "objective", "seconds"):
         _is_seconds(layer[key], f"{where}.{key}", optional=True)
     _is_model(layer.get("model", "backdoored"), f"{where}.model")
+    reach = layer.get("objective_descent")
+    _is_seconds(reach, f"{where}.objective_descent", optional=True)
     for key in ("weight_bits", "act_bits"):
         _is_bits(layer.get(key), f"{where}.{key}")
 

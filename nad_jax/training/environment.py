@@ -105,10 +105,25 @@ def use_cpu_cores() -> None:
         # A power of two, so that it divides usual batches.
         devices = 1 << (min(cores, _MAX_CPU_DEVICES).bit_length() - 1)
         jax.config.update("jax_num_cpu_devices", devices)
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if (libc := _glibc()) is not None:
         for option, value in _KEEP_MEMORY.items():
             libc.mallopt(option, value)
+
+
+def give_memory_back() -> None:
+    """Returns to the system what is freed but kept, see `use_cpu_cores`.
+
+    For work whose arrays differ in size from layer to layer: what one layer leaves does
+    not fit the next, and the gaps add up to more than the arrays. Does nothing where
+    the C library is not glibc.
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def enable_compile_cache(path: str | os.PathLike[str] | None = None) -> str | None:

@@ -238,11 +238,25 @@ def test_reports_follow_the_forward_pass(quantized, method):
         assert (report.objective is not None) == looks
         assert (report.objective_nearest is not None) == looks
         assert (report.soft_output_error is not None) == (method[0] == "adam")
+        assert (report.objective_descent is not None) == (method[0] == "adam")
         if method[0] == "coordinate":
             start = report.trace[0]
             assert start == pytest.approx(report.objective_nearest, rel=1e-6)
             assert report.trace[-1] == report.objective
             assert np.all(np.diff(report.trace) < 0)
+
+
+def test_adam_tells_what_coordinate_descent_reaches_on_its_inputs():
+    images = jax.random.normal(jax.random.key(3), (40, 5))
+    variables = some_variables(Small(), images, train=False)
+    options = {"apply_kwargs": APPLY_KWARGS, "flip_weight": 0.02}
+    adam = efrap.efrap(
+        Small(), variables, images, method="adam", adam=GRAM, **options
+    ).layers["first"]
+    descent = efrap.efrap(Small(), variables, images, **options).layers["first"]
+    # The first layer sees the same images whatever the method.
+    assert adam.objective_descent == pytest.approx(descent.objective, rel=1e-5)
+    assert adam.objective != pytest.approx(descent.objective, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -416,3 +416,37 @@ def test_a_layer_inside_a_transform_is_refused_in_one_line(transform, has_run):
     assert "block/hidden" in message
     assert transform in message
     assert "\n" not in message
+
+
+class TwoNorms(nn.Module):
+    """Two BatchNorms that differ in name and numbers alone."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ("first", "second"):
+            x = nn.Dense(3, name=name)(x)
+            self.sow("fed", f"into_norm_{name}", x)
+            norm = nn.BatchNorm(name=f"norm_{name}")
+            x = nn.relu(norm(x, use_running_average=True))
+        self.sow("fed", "into_last", x)
+        return nn.Dense(2, name="last")(x)
+
+
+def test_batch_norms_that_are_alike_run_as_one_program():
+    module, images = TwoNorms(), jax.random.normal(jax.random.key(2), (6, 3))
+    variables = some_variables(module, images)
+    variables.pop("fed")
+    expected = sown_inputs(module, variables, images)["last"]
+    layers = layers_lib.find_layers(module, variables, images)
+    fed = {}
+
+    def visit(layer, float_inputs, inputs):
+        fed[layer.name] = float_inputs
+        kernel = layers_lib.get_in(variables["params"], layer.path)["kernel"]
+        return kernel, inputs
+
+    layer_walk._normalize.clear_cache()
+    layer_walk.walk(module, variables, images, layers, visit)
+    # Two passes by two modules.
+    assert layer_walk._normalize._cache_size() == 1
+    np.testing.assert_allclose(fed["last"], expected, rtol=1e-5, atol=1e-6)

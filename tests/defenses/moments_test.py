@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moments of layer inputs, against sums in float64 numpy."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,15 @@ def assert_moments(got, expected):
         moment = getattr(got, name)
         assert moment.dtype == jnp.float32
         np.testing.assert_allclose(moment, value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_the_collector_keeps_no_inputs_alive():
+    collector = moments_lib.Collector()
+    inputs = normal((6, 3), 0)
+    collector.collect(DENSE, normal((3, 4), 1), inputs, inputs)
+    alive = weakref.ref(inputs)
+    del inputs
+    assert alive() is None
 
 
 @pytest.mark.slow

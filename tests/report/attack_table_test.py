@@ -74,7 +74,25 @@ def test_attacks_count_once_in_the_means_whatever_their_seeds():
         "| mean DER | | | | 70.0 | – |",
     ]
     # Twice the same attack is no mean over attacks.
-    assert "mean" not in attack_table.attack_table([first, first], rows=("nad",))
+    other = {**first, "config": {"model": {"name": "resnet_8"}}}
+    assert "mean" not in attack_table.attack_table([first, other], rows=("nad",))
+
+
+def test_reports_that_differ_in_seeds_alone_share_a_line():
+    def report(seed, acc, **config):
+        config = {"model": {"name": "resnet_14"}, "seeds": [seed], **config}
+        return {**REPORT, "config": config, "rows": [_row("efrap", seed, acc, 0.0)]}
+
+    def lines(*reports):
+        return attack_table.attack_table(reports, rows=("efrap",)).splitlines()[2:]
+
+    first = report(0, 0.9, data={"name": "digits", "data_dir": None})
+    moved = report(1, 0.7, data={"name": "digits", "data_dir": "elsewhere"})
+    other = report(1, 0.7, data={"name": "cifar10", "data_dir": None})
+    assert lines(first, moved) == ["| pq | resnet_14 | W4 | 2 | 80.0 / 0.0 (0.0) | – |"]
+    assert len(lines(first, other)) == 2
+    with pytest.raises(errors.InputError, match="seed 0 of pq twice"):
+        lines(first, first)
 
 
 @pytest.mark.parametrize("job", ["efrap", "nad"])
