@@ -142,7 +142,7 @@ def _between(next_fun, args, kwargs, context) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _normalize(module: nn.BatchNorm, variables: Any, inputs: jax.Array) -> jax.Array:
+def _normalize(module: nn.BatchNorm, variables: Any, inputs: jax.Array) -> Any:
     return module.apply(variables, inputs, use_running_average=True)
 
 
