@@ -41,8 +41,9 @@ if TYPE_CHECKING:
         stochastic_rounding,
     )
     from nad_jax.defenses.adam_rounding import AdamSettings
-    from nad_jax.defenses.efrap import Quantized, efrap
+    from nad_jax.defenses.efrap import efrap
     from nad_jax.defenses.flip_weight_choice import choose_flip_weight
+    from nad_jax.defenses.quantized_module import Quantized
     from nad_jax.defenses.rounding_inspection import Inspection, inspect
     from nad_jax.errors import InputError
 
@@ -80,11 +81,9 @@ _MODULES = {
         "stochastic_rounding",
     ),
     "nad_jax.defenses.adam_rounding": ("AdamSettings",),
-    "nad_jax.defenses.efrap": (
-        "Quantized",
-        "efrap",
-    ),
+    "nad_jax.defenses.efrap": ("efrap",),
     "nad_jax.defenses.flip_weight_choice": ("choose_flip_weight",),
+    "nad_jax.defenses.quantized_module": ("Quantized",),
     "nad_jax.defenses.rounding_inspection": ("Inspection", "inspect"),
     "nad_jax.errors": ("InputError",),
 }

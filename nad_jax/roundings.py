@@ -18,7 +18,7 @@ from nad_jax.attacks import triggers
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.defenses import layer_rounding
+from nad_jax.defenses import layer_rounding, quantized_module
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import evaluation, sharding
 
@@ -92,7 +92,7 @@ def make_evaluate(
 
     def logits(net, images, act_specs):
         variables, act_params = net
-        return efrap_lib.apply_quantized(
+        return quantized_module.apply_quantized(
             model,
             variables,
             images,
@@ -155,7 +155,7 @@ def quantize(
     workdir: workdir_lib.Workdir,
     stage: str,
     flip_rates: Mapping[str, float] | None = None,
-) -> tuple[efrap_lib.Quantized, float]:
+) -> tuple[quantized_module.Quantized, float]:
     """The model, rounded by the rounding called `name`, and the seconds that took.
 
     What is solved layer by layer is a stage of the workdir, and goes on after the last
@@ -236,7 +236,7 @@ def _adam(defense: settings.EfrapSettings, name: str) -> settings.AdamSettings |
 
 
 def layer_entries(
-    result: efrap_lib.Quantized, *, seed: int, row: str, model_name: str
+    result: quantized_module.Quantized, *, seed: int, row: str, model_name: str
 ) -> list[dict[str, Any]]:
     """The layers of one row, as a report holds them."""
     return [

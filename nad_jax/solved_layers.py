@@ -15,12 +15,12 @@ import numpy as np
 
 from nad_jax import workdir as workdir_lib
 from nad_jax.core import quantization
-from nad_jax.defenses import efrap
+from nad_jax.defenses import quantized_module
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import commits as commits_lib
 
 
-class SolvedLayers(MutableMapping[str, efrap.FinishedLayer]):
+class SolvedLayers(MutableMapping[str, quantized_module.FinishedLayer]):
     """Layer name -> finished layer.
 
     Attributes:
@@ -50,7 +50,7 @@ class SolvedLayers(MutableMapping[str, efrap.FinishedLayer]):
             self.notes.update(notes)
         self._keep = commits, workdir
 
-    def __setitem__(self, name: str, layer: efrap.FinishedLayer) -> None:
+    def __setitem__(self, name: str, layer: quantized_module.FinishedLayer) -> None:
         codes = np.asarray(layer.codes)
         self.codes[self._parts[name]] = codes.view(np.uint8).ravel()
         self.notes[name] = {
@@ -69,15 +69,15 @@ class SolvedLayers(MutableMapping[str, efrap.FinishedLayer]):
         if stopping:
             raise workdir_lib.Interrupted(f"{len(self.notes)} layers are kept")
 
-    def __getitem__(self, name: str) -> efrap.FinishedLayer:
+    def __getitem__(self, name: str) -> quantized_module.FinishedLayer:
         note = self.notes[name]
         fields: dict[str, Any] = {
             field: tuple(value) if isinstance(value, list) else value
             for field, value in note["report"].items()
         }
-        report = efrap.LayerReport(**fields)
+        report = quantized_module.LayerReport(**fields)
         codes = self.codes[self._parts[name]].view(note["dtype"])
-        return efrap.FinishedLayer(
+        return quantized_module.FinishedLayer(
             jnp.asarray(codes.reshape(report.kernel_shape)),
             quantization.QuantParams(
                 jnp.asarray(note["scale"], jnp.float32),

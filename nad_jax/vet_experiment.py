@@ -24,8 +24,7 @@ from nad_jax import errors, pipeline, roundings, settings, vet_export
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.data import sources
-from nad_jax.defenses import base, nad
-from nad_jax.defenses import efrap as efrap_lib
+from nad_jax.defenses import base, nad, quantized_module
 from nad_jax.interop import name_maps, reader
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
@@ -233,7 +232,7 @@ def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Sce
 
 
 def _disagreement(
-    scene: _Scene, images: jax.Array, variables: Any, result: efrap_lib.Quantized
+    scene: _Scene, images: jax.Array, variables: Any, result: quantized_module.Quantized
 ) -> float:
     """Share, in [0, 1], of images that two models call differently.
 

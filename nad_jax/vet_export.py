@@ -23,7 +23,7 @@ from nad_jax import errors, whole_file
 from nad_jax.attacks import triggers
 from nad_jax.core import metrics
 from nad_jax.data import batches, sources
-from nad_jax.defenses import efrap as efrap_lib
+from nad_jax.defenses import quantized_module
 from nad_jax.export import stablehlo
 from nad_jax.interop import artifact, bounded_file, safetensors_file
 from nad_jax.models import layers as layers_lib
@@ -61,7 +61,7 @@ def write(
     folder: pathlib.Path,
     *,
     card: Mapping[str, Any],
-    shipped: efrap_lib.Quantized,
+    shipped: quantized_module.Quantized,
     layers: Sequence[layers_lib.Layer],
     image_shape: tuple[int, ...],
     floats: Mapping[str, np.ndarray],

@@ -7,7 +7,7 @@ import pytest
 
 from nad_jax import solved_layers, workdir
 from nad_jax.core import quantization
-from nad_jax.defenses import efrap
+from nad_jax.defenses import quantized_module
 from nad_jax.models import layers as layers_lib
 
 _LAYERS = [
@@ -16,10 +16,12 @@ _LAYERS = [
 ]
 
 
-def _finished(name: str, code: int) -> efrap.FinishedLayer:
+def _finished(name: str, code: int) -> quantized_module.FinishedLayer:
     params = quantization.QuantParams(jnp.ones(3), jnp.zeros(3, jnp.int32))
-    report = efrap.LayerReport(name, (2, 3), bits=8, flip_rate=0.0)
-    return efrap.FinishedLayer(jnp.full((2, 3), code, jnp.int8), params, report)
+    report = quantized_module.LayerReport(name, (2, 3), bits=8, flip_rate=0.0)
+    return quantized_module.FinishedLayer(
+        jnp.full((2, 3), code, jnp.int8), params, report
+    )
 
 
 @pytest.mark.slow

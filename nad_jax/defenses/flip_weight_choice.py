@@ -19,6 +19,7 @@ import numpy as np
 
 from nad_jax import errors
 from nad_jax.defenses import efrap as efrap_lib
+from nad_jax.defenses import quantized_module
 from nad_jax.models import layers as layers_lib
 
 CANDIDATES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -76,7 +77,7 @@ def choose_flip_weight(
     layers = layers_lib.find_layers(module, variables, seen, apply_kwargs=kwargs)
 
     def classes(net, act_params, act_specs):
-        outputs = efrap_lib.apply_quantized(
+        outputs = quantized_module.apply_quantized(
             module,
             net,
             unseen,

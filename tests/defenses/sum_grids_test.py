@@ -10,6 +10,7 @@ import pytest
 from nad_jax import auditing, errors
 from nad_jax.core import quantization
 from nad_jax.defenses import efrap as efrap_lib
+from nad_jax.defenses import quantized_module
 
 
 class Net(nn.Module):
@@ -72,7 +73,7 @@ def test_operands_have_grids_and_shortcuts_that_of_their_layer(quantized):
     off = np.abs(np.asarray(actual - expected)).max(axis=1)
     assert np.mean(off > 1e-5) < 0.1 and off.max() < 0.02
     without = {k: v for k, v in result.act_params.items() if k in layers}
-    plain = efrap_lib.apply_quantized(
+    plain = quantized_module.apply_quantized(
         Net(),
         result.variables,
         images,

@@ -13,7 +13,7 @@ import pytest
 
 from nad_jax import errors, models
 from nad_jax.core import quantization
-from nad_jax.defenses import efrap
+from nad_jax.defenses import efrap, quantized_module
 from nad_jax.models import class_token_vit
 from nad_jax.models import layers as layers_lib
 
@@ -460,7 +460,7 @@ def test_narrow_activations_are_clipped(net, bits):
     assert _counts(model)["Clip"] == 4
     images = _images((20, 8, 8, 3), seed=6)
     apply = functools.partial(
-        efrap.apply_quantized, module, act_spec=spec, apply_kwargs={}
+        quantized_module.apply_quantized, module, act_spec=spec, apply_kwargs={}
     )
     expected = jax.jit(apply)(variables, images, act_params)
     actual = _run(model, images, as_written=True)
