@@ -20,7 +20,8 @@ Another trigger takes other options: `config.attack.trigger` in a config of your
 The victim is trained with crop (and flip where the class survives it) on the poisoned
 data. The defence is NAD (Li et al., ICLR 2021), next to its controls on the same clean
 images, batches and budget: fine-tuning, which is NAD without the attention term,
-fine-pruning, mode connectivity, fine-tuning in a SAM step, and NAD in a SAM step.
+fine-pruning, mode connectivity, fine-tuning in a SAM step, and our variants: NAD in a
+SAM step, without and with the victim's own logits as soft labels.
 """
 
 import ml_collections
@@ -83,6 +84,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "ft_sam",
             "nad",
             "nad_sam",
+            "nad_sam_kd",
         ),
         clean_model_rows=("fine_tuning", "nad"),
         clean_fraction=0.2,
@@ -100,6 +102,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         patience=config_dict.placeholder(int),
         sharpness_radius=0.1,
+        victim_logits=_section(weight=1.0, temperature=2.0),
         nad=_section(
             # The published 500, 1000, 1000 per pixel belong to maps with 4 times as
             # many pixels; on these they overwhelm the labels.

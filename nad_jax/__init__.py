@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         binarization_penalty,
         flip_loss,
         gram_preservation_loss,
+        logit_distance,
         nad_loss,
         rounding_error_weight,
     )
@@ -58,6 +59,7 @@ _MODULES = {
         "binarization_penalty",
         "flip_loss",
         "gram_preservation_loss",
+        "logit_distance",
         "nad_loss",
         "rounding_error_weight",
     ),
@@ -113,6 +115,7 @@ __all__ = [
     "gram_preservation_loss",
     "hard_rounding",
     "inspect",
+    "logit_distance",
     "nad_loss",
     "nearest_rounding",
     "place",

@@ -76,7 +76,7 @@ class Stages:
         """
         defense = self._defense
         tuning = settings.TuningSettings(defense.training, patience=defense.patience)
-        if name in ("ft_sam", "nad_sam"):
+        if name in ("ft_sam", "nad_sam", "nad_sam_kd"):
             tuning = dataclasses.replace(
                 tuning, sharpness_radius=defense.sharpness_radius
             )
@@ -96,7 +96,12 @@ class Stages:
         else:
             teacher, earlier = self.teacher()
             net, seconds = self._stage(
-                name, nad.run, tuning, defense.nad, teacher=teacher
+                name,
+                nad.run,
+                tuning,
+                defense.nad,
+                teacher=teacher,
+                logits=defense.victim_logits if name == "nad_sam_kd" else None,
             )
         return net, earlier + seconds
 

@@ -9,6 +9,11 @@ The student's BatchNorm is in training mode, the teacher's in evaluation mode, a
 public code; so even equal weights give maps that differ a little. With all betas 0 this
 is plain fine-tuning, bit for bit, and no number of NAD means anything without that row.
 
+Our variant adds weight * logit_distance to the victim's own logits (Hinton et al.,
+2015). Clean images do not wake the backdoor, so what they say of an image is what the
+stranger's model is wanted for: it may then move further away from its start, and from
+its backdoor, for the same accuracy.
+
 References:
   Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural
   Networks", ICLR 2021.
@@ -41,6 +46,7 @@ def run(
     *,
     key: jax.Array,
     teacher: base.Net | None = None,
+    logits: settings.LogitSettings | None = None,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
     commits: base.CommitsOf | None = None,
@@ -61,6 +67,7 @@ def run(
         `nad.teacher_views`.
       teacher: None = `make_teacher`. Another architecture will do as long as its stages
         have the same names and sizes.
+      logits: How much the victim's logits count as soft labels; None = not at all.
       on_epoch: Called after each epoch of a student.
       should_stop: Asked between programs.
       commits: Keeps the trainings of the teacher and of each student.
@@ -108,6 +115,10 @@ def run(
         scaled = {stage: beta * factor for stage, beta in betas.items()}
         # Without the term it is fine-tuning, with fine-tuning's batches.
         kept = bank if factor else None
+        frozen = (
+            teacher.variables if kept is None else (),
+            () if logits is None else victim.variables,
+        )
         student = base.tune(
             victim,
             clean_data,
@@ -115,12 +126,14 @@ def run(
             make_loss=lambda frozen, scaled=scaled: distillation_loss(
                 victim.model.apply,
                 teacher.model.apply,
-                frozen,
+                frozen[0],
                 betas=scaled,
                 p=nad.p,
                 reduction=nad.reduction,
+                victim_variables=frozen[1],
+                logits=logits,
             ),
-            frozen=teacher.variables if kept is None else (),
+            frozen=frozen,
             make_batch=None if kept is None else view_bank.make_batch(tuning.training),
             companions=() if kept is None else kept,
             key=key,
@@ -168,54 +181,65 @@ def distillation_loss(
     betas: Mapping[str, float],
     p: float = 2,
     reduction: str = "sum",
+    victim_variables: Any = None,
+    logits: settings.LogitSettings | None = None,
 ) -> steps.LossFn:
     """Cross-entropy plus the attention term, as a loss for a training step.
 
     One forward pass of each net; none of the teacher where the batch brings its maps
-    (`view_bank.make_batch`). The teacher gets no gradient and keeps its BatchNorm
-    statistics. Metrics: "accuracy", "task_loss" and "distillation_loss", the terms
-    apart.
+    (`view_bank.make_batch`). Teacher and victim get no gradient and keep their
+    BatchNorm statistics. Metrics: "accuracy", "task_loss", "distillation_loss" and,
+    with `logits`, "logit_loss", the terms apart.
 
     Args:
       student_apply: `model.apply` of the student.
       teacher_apply: `model.apply` of the teacher.
       teacher_variables: Its variables.
       betas: Stage name to weight, per pixel; see `losses.nad_loss`. All 0 is
-        `steps.classification_loss` itself.
+        `steps.classification_loss` itself, unless logits count.
       p: Power of the attention map.
       reduction: "sum" or "mean" over channels.
+      victim_variables: With `logits`: what the student started from.
+      logits: How the victim's logits count; None = they do not.
     """
     betas = {stage: beta for stage, beta in betas.items() if beta}
-    if not betas:
+    if not betas and logits is None:
         return steps.classification_loss(student_apply)
 
     def loss_fn(params, batch_stats, batch, key):
         del key
         images, labels = batch["images"], batch["labels"]
-        (logits, features), batch_stats = steps.apply_training(
+        (own_logits, features), batch_stats = steps.apply_training(
             student_apply, params, batch_stats, images
         )
-        taught = batch.get("teacher_maps")
-        if taught is None:
-            _, taught = teacher_apply(
-                jax.lax.stop_gradient(teacher_variables), images, train=False
+        task_loss = jnp.mean(steps.cross_entropy(own_logits, labels))
+        terms = {"task_loss": task_loss}
+        if betas:
+            taught = batch.get("teacher_maps")
+            if taught is None:
+                _, taught = teacher_apply(
+                    jax.lax.stop_gradient(teacher_variables), images, train=False
+                )
+            distillation = losses.nad_loss(
+                _select(features, betas),
+                _select(taught, betas),
+                betas=betas,
+                p=p,
+                reduction=reduction,
             )
-        task_loss = jnp.mean(steps.cross_entropy(logits, labels))
-        distillation = losses.nad_loss(
-            _select(features, betas),
-            _select(taught, betas),
-            betas=betas,
-            p=p,
-            reduction=reduction,
-        )
-        distillation = jnp.mean(distillation).astype(task_loss.dtype)
-        return task_loss + distillation, (
+            terms["distillation_loss"] = jnp.mean(distillation).astype(task_loss.dtype)
+        if logits is not None:
+            wanted, _ = student_apply(
+                jax.lax.stop_gradient(victim_variables), images, train=False
+            )
+            divergence = losses.logit_distance(
+                own_logits, wanted, temperature=logits.temperature
+            )
+            logit_loss = logits.weight * jnp.mean(divergence)
+            terms["logit_loss"] = logit_loss.astype(task_loss.dtype)
+        return sum(terms.values(), jnp.zeros_like(task_loss)), (
             batch_stats,
-            {
-                "accuracy": steps.accuracy(logits, labels),
-                "task_loss": task_loss,
-                "distillation_loss": distillation,
-            },
+            {"accuracy": steps.accuracy(own_logits, labels), **terms},
         )
 
     return loss_fn

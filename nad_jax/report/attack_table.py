@@ -50,7 +50,8 @@ def attack_table(
     Args:
       reports: All of `configs/efrap.py` or all of `configs/nad.py`, as
         `schema.read_report` returns them.
-      rows: Names of the columns' rows, in order; None = the usual ones.
+      rows: Names of the columns' rows, in order; None = the usual ones, as far as any
+        report has them.
 
     Raises:
       InputError: a report of another job than the first; two of one experiment that
@@ -68,7 +69,9 @@ def attack_table(
         raise errors.InputError("reports must be at least one, got none")
     reports = _joined(reports)
     heading, usual, shows_clean = _KINDS[fact]
-    rows = usual if rows is None else rows
+    if rows is None:
+        there = {row["name"] for report in reports for row in report["rows"]}
+        rows = [name for name in usual if name in there]
     titles = [tables.row_label(name) for name in rows]
     if shows_clean:
         titles.append("clean model, float")

@@ -101,6 +101,10 @@ _KINDS = {
         "NAD-SAM",
         "variant: NAD with gradients taken at the worst point nearby",
     ),
+    "nad_sam_kd": (
+        "NAD-SAM-KD",
+        "variant: NAD-SAM that keeps the victim's own logits on clean images",
+    ),
     "nad": (
         "NAD",
         "defence: training on the clean images towards a teacher's attention maps",

@@ -57,6 +57,7 @@ from nad_jax.settings.quantization import (
 from nad_jax.settings.repairs import (
     REPAIRS,
     FinePruningSettings,
+    LogitSettings,
     ModeConnectivitySettings,
     NadSettings,
     RepairSettings,
@@ -81,6 +82,7 @@ __all__ = [
     "InspectSettings",
     "JOBS",
     "LOADERS",
+    "LogitSettings",
     "ModeConnectivitySettings",
     "ModelSettings",
     "NadExperimentSettings",

@@ -15,6 +15,7 @@ REPAIRS = (
     "ft_sam",
     "nad",
     "nad_sam",
+    "nad_sam_kd",
 )
 
 
@@ -83,6 +84,23 @@ class NadSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogitSettings:
+    """The victim's own logits on clean images as soft labels (`nad_jax.defenses.nad`).
+
+    Attributes:
+      weight: Of `losses.logit_distance`, beside a cross-entropy of weight 1.
+      temperature: Its temperature.
+    """
+
+    weight: float = 1.0
+    temperature: float = 2.0
+
+    def __post_init__(self):
+        check(self, "weight", 0 < self.weight < float("inf"), "> 0")
+        check(self, "temperature", 0 < self.temperature < float("inf"), "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class FinePruningSettings:
     """`max_accuracy_drop`: what held-out accuracy may lose by pruning, a fraction."""
 
@@ -131,6 +149,7 @@ class RepairSettings:
         zoo; None = the victim, fine-tuned.
       patience: See `TuningSettings`.
       sharpness_radius: SAM's, for the rows that use it.
+      victim_logits: Of the row "nad_sam_kd".
       fine_pruning: Its settings.
       mode_connectivity: Its settings.
     """
@@ -144,6 +163,7 @@ class RepairSettings:
     teacher: str | None = None
     patience: int | None = None
     sharpness_radius: float = 0.1
+    victim_logits: LogitSettings = dataclasses.field(default_factory=LogitSettings)
     fine_pruning: FinePruningSettings = dataclasses.field(
         default_factory=FinePruningSettings
     )

@@ -178,6 +178,61 @@ def test_distance_refuses_maps_of_different_size(other):
         attention_distance(np.ones((2, 4, 4, 3)), np.ones(other))
 
 
+# logits ----------------------------------------------------------------------------
+
+
+def reference_divergence(student, teacher, temperature):
+    """T^2 KL(teacher || student) of softened probabilities, float64 [B]."""
+
+    def softened(logits):
+        odds = np.exp(np.asarray(logits, np.float64) / temperature)
+        return odds / odds.sum(axis=-1, keepdims=True)
+
+    wanted, given = softened(teacher), softened(student)
+    return temperature**2 * np.sum(wanted * np.log(wanted / given), axis=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_logit_distance_is_the_divergence_of_softened_probabilities(temperature):
+    student, teacher = random_array(0, 5, 7), random_array(1, 5, 7)
+    distance = losses.logit_distance(student, teacher, temperature=temperature)
+    expected = reference_divergence(student, teacher, temperature)
+    assert distance.shape == (5,) and distance.dtype == jnp.float32
+    np.testing.assert_allclose(distance, expected, rtol=1e-4, atol=1e-6)
+    # Only differences of logits count.
+    moved = losses.logit_distance(student + 3.0, teacher, temperature=temperature)
+    np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_student_of_a_logit_distance_gets_a_gradient():
+    student, teacher = random_array(0, 3, 4), random_array(1, 3, 4)
+    of_student, of_teacher = jax.grad(
+        lambda s, t: jnp.sum(losses.logit_distance(s, t, temperature=3.0)),
+        argnums=(0, 1),
+    )(student, teacher)
+    expected = central_differences(
+        lambda s: np.sum(reference_divergence(s, teacher, 3.0)), student
+    )
+    np.testing.assert_allclose(of_student, expected, rtol=1e-4, atol=1e-5)
+    assert not np.any(of_teacher)
+
+
+def test_logits_of_infinite_distance_stay_finite():
+    far = jnp.asarray([[1e4, 0.0]])
+    assert losses.logit_distance(far, -far, temperature=1.0)[0] == pytest.approx(1e4)
+    assert losses.logit_distance(far, far)[0] == 0.0
+
+
+def test_logit_distance_refuses_other_classes_and_temperatures():
+    with pytest.raises(errors.InputError, match=r"\[2, 3\].*\[2, 4\]"):
+        losses.logit_distance(jnp.ones((2, 3)), jnp.ones((2, 4)))
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(errors.InputError, match="temperature"):
+            losses.logit_distance(
+                jnp.ones((2, 3)), jnp.ones((2, 3)), temperature=temperature
+            )
+
+
 # NAD loss --------------------------------------------------------------------------
 
 

@@ -124,6 +124,81 @@ def test_a_step_runs_each_net_once(victim, teacher, loss_of):
     assert sorted(modes) == [False, True]
 
 
+LOGITS = settings.LogitSettings(weight=3.0, temperature=2.0)
+
+
+def _with_logits(victim, params, betas, batch):
+    loss_fn = nad.distillation_loss(
+        victim.model.apply,
+        victim.model.apply,
+        victim.variables,
+        betas=betas,
+        victim_variables=victim.variables,
+        logits=LOGITS,
+    )
+    return jax.jit(lambda p: loss_fn(p, victim.variables["batch_stats"], batch, KEY))(
+        params
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("betas", [BETAS, {"stage1": 0.0}])
+def test_the_logit_term_is_that_of_the_frozen_victim(
+    victim, other_variables, batch, betas
+):
+    """Student in training mode, victim in evaluation mode; it adds up with the rest."""
+    params = other_variables["params"]
+    loss, (_, metrics) = _with_logits(victim, params, betas, batch)
+    (student, _), _ = victim.model.apply(
+        {**victim.variables, "params": params},
+        batch["images"],
+        train=True,
+        mutable=["batch_stats"],
+    )
+    wanted, _ = victim.model.apply(victim.variables, batch["images"], train=False)
+    soft, wanted = (
+        np.exp(x / 2) / np.exp(x / 2).sum(axis=-1, keepdims=True)
+        for x in (np.asarray(student, np.float64), np.asarray(wanted, np.float64))
+    )
+    divergence = 4 * np.sum(wanted * np.log(wanted / soft), axis=-1).mean()
+    np.testing.assert_allclose(metrics["logit_loss"], 3 * divergence, rtol=1e-4)
+    assert ("distillation_loss" in metrics) == any(betas.values())
+    terms = sum(v for name, v in metrics.items() if name.endswith("_loss"))
+    np.testing.assert_allclose(loss, terms, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_step_on_the_logit_term_brings_the_logits_together(
+    victim, other_variables, batch
+):
+    def logit_loss(params):
+        return _with_logits(victim, params, BETAS, batch)[1][1]["logit_loss"]
+
+    params = other_variables["params"]
+    gradient = jax.grad(logit_loss)(params)
+    moved = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient)
+    assert logit_loss(moved) < logit_loss(params)
+
+
+@pytest.mark.slow
+def test_a_run_is_told_whether_logits_count(victim, teacher, clean_data, tuning):
+    def losses_of(logits):
+        result = nad.run(
+            victim,
+            clean_data,
+            tuning,
+            settings.NadSettings(BETAS),
+            key=KEY,
+            teacher=teacher,
+            logits=logits,
+        )
+        return {name for name in result.history[-1] if name.endswith("_loss")}
+
+    terms = {"task_loss", "distillation_loss"}
+    assert losses_of(None) == terms
+    assert losses_of(LOGITS) == {*terms, "logit_loss"}
+
+
 @pytest.mark.slow
 def test_the_student_moves_towards_the_teacher(victim, teacher, clean_data, tuning):
     """And ends nearer to it than fine-tuning does, with the same batches."""

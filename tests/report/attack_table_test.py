@@ -49,9 +49,12 @@ def test_a_report_of_another_job_is_refused(tmp_path, capsys):
 def test_repairs_have_their_own_columns_and_are_not_mixed_with_roundings():
     repaired = {**REPORT, "poison_rate": 0.1}
     del repaired["weight_bits"]
-    head, _, line = attack_table.attack_table([repaired]).splitlines()
-    assert head.startswith("| attack | net | poisoned | seeds | Float | Fine-tuning |")
-    assert line.startswith("| pq | resnet_14 | 10 % | 2 | 85.0 / 5.0 (10.0) | – |")
+    tuned = {**repaired, "attack": "blend", "rows": [_row("fine_tuning", 0, 0.7, 0.2)]}
+    head, _, line, other, *_ = attack_table.attack_table([repaired, tuned]).splitlines()
+    # Of the usual columns those that some report has a row for.
+    assert head == "| attack | net | poisoned | seeds | Float | Fine-tuning |"
+    assert line == "| pq | resnet_14 | 10 % | 2 | 85.0 / 5.0 (10.0) | – |"
+    assert other == "| blend | resnet_14 | 10 % | 1 | – | 70.0 / 20.0 |"
     with pytest.raises(errors.InputError, match=r"configs/nad\.py alone"):
         attack_table.attack_table([REPORT, repaired])
     with pytest.raises(errors.InputError, match="at least one"):
