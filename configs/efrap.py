@@ -103,6 +103,7 @@ def _digits(attack):
             stretch=0.0,
             exponents=(2.0, 2.0),
             warm_up=0.0,
+            beside_descent=False,
         ),
     )
     return config

@@ -101,7 +101,7 @@ class Stages:
                 tuning,
                 defense.nad,
                 teacher=teacher,
-                logits=defense.victim_logits if name == "nad_sam_kd" else None,
+                victim_logits=defense.victim_logits if name == "nad_sam_kd" else None,
             )
         return net, earlier + seconds
 

@@ -152,10 +152,11 @@ def logit_distance(
       temperature: Above 0; larger values look at the classes that are not the first.
 
     Returns:
-      ``[B]``, at least 0, in nats.
+      ``[B]``, at least 0 up to rounding, in nats; a class that the teacher rules out
+      with ``-inf`` counts nothing.
 
     Raises:
-      InputError: For different shapes or a temperature that is not above 0.
+      InputError: For different shapes, integers, or a temperature that is not above 0.
 
     Gradients:
       ``temperature * (softmax(student / temperature) - softmax(teacher /
@@ -171,6 +172,8 @@ def logit_distance(
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
     """
     shapes.check_rank("student", student, "B K")
+    for name, logits in (("student", student), ("teacher", teacher)):
+        shapes.check_floating(name, logits)
     shapes.check_same_shape("student", student, "teacher", teacher)
     if not 0 < temperature < float("inf"):
         raise errors.InputError(
@@ -181,7 +184,10 @@ def logit_distance(
         jax.nn.log_softmax(logits.astype(dtype) / temperature)
         for logits in (student, jax.lax.stop_gradient(teacher))
     )
-    return temperature**2 * jnp.sum(jnp.exp(wanted) * (wanted - soft), axis=-1)
+    share = jnp.exp(wanted)
+    # Infinitely unlikely times infinitely far is 0 here.
+    gap = jnp.where(share > 0, wanted - soft, 0.0)
+    return temperature**2 * jnp.sum(share * gap, axis=-1)
 
 
 def convert_betas(

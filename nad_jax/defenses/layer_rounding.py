@@ -242,7 +242,9 @@ def make_adam_rounder(
             keys[name],
         )
         chosen, details = adam_rounding.solve(task, adam)
-        details["objective_descent"] = float(np.sum(_descent_reach(problem)))
+        if adam.beside_descent:
+            reach = _descent_reach(method, problem)
+            details["objective_descent"] = float(np.sum(reach))
         return _finish(kernel, chosen, params, placement, specs[name]), details
 
     return round_layer
@@ -389,12 +391,11 @@ def _descend(geometry, spec, method, mesh, moments, kernel, params, flip_weight)
     return jax.lax.with_sharding_constraint(outcome, sharding.replicated(mesh))
 
 
-@jax.jit
-def _descent_reach(problem: solvers.RoundingProblem) -> jax.Array:
-    """Objective of coordinate descent from nearest, `[groups]`."""
-    solution = moments_lib.per_group(
-        lambda p: solvers.coordinate_descent(p, p.nearest), problem
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def _descent_reach(method: Method, problem: solvers.RoundingProblem) -> jax.Array:
+    """Objective of coordinate descent with the options of `method`, `[groups]`."""
+    descent = dataclasses.replace(method, name="coordinate")
+    solution = moments_lib.per_group(functools.partial(_solve, descent), problem)
     return solution.trace[:, -1]
 
 

@@ -33,6 +33,7 @@ import jax
 import jax.core
 
 from nad_jax import errors
+from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import environment
 
@@ -122,13 +123,15 @@ def _between(next_fun, args, kwargs, context) -> Any:
     """
     module = context.module
     if not (
-        isinstance(module, nn.BatchNorm)
+        # A subclass may do anything; that of our models only converts.
+        type(module) in (nn.BatchNorm, common.BatchNorm)
         and context.method_name == "__call__"
         and isinstance(module.axis, int)
         and len(args) == 1
         and kwargs.keys() <= {"use_running_average"}
-        # Within that program it comes by here again.
-        and not isinstance(args[0], jax.core.Tracer)
+        # Within that program the copy comes by here, and it has no path.
+        and module.scope is not None
+        and bool(module.path)
     ):
         return next_fun(*args, **kwargs)
     uses_running = kwargs.get("use_running_average")
@@ -136,8 +139,15 @@ def _between(next_fun, args, kwargs, context) -> Any:
         uses_running = module.use_running_average
     if not uses_running:
         return next_fun(*args, **kwargs)
-    # Without its name: modules that differ in nothing else share the program.
-    unbound = module.clone(parent=None, name=None, use_running_average=None)
+    # A copy that differs in nothing but what it computes, so that programs are shared;
+    # it starts from nothing, so it needs no initialisers.
+    unbound = module.clone(
+        parent=None,
+        name=None,
+        use_running_average=None,
+        scale_init=nn.initializers.ones,
+        bias_init=nn.initializers.zeros,
+    )
     return _normalize(unbound, module.variables, *args)
 
 

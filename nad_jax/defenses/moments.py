@@ -47,6 +47,8 @@ class Remembered:
             for one, other in zip(self._arguments, arguments, strict=True)
         )
         if not known:
+            # Not while the new ones are made: they are as large.
+            self._arguments = self._result = None
             self._result = self._function(*arguments)
             self._arguments = arguments
         return self._result

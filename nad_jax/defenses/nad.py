@@ -6,13 +6,14 @@
               cross-entropy + sum over stages of beta * attention_distance
 
 The student's BatchNorm is in training mode, the teacher's in evaluation mode, as in the
-public code; so even equal weights give maps that differ a little. With all betas 0 this
-is plain fine-tuning, bit for bit, and no number of NAD means anything without that row.
+public code; so even equal weights give maps that differ a little. With all betas 0, and
+without the term below, this is plain fine-tuning, bit for bit, and no number of NAD
+means anything without that row.
 
 Our variant adds weight * logit_distance to the victim's own logits (Hinton et al.,
-2015). Clean images do not wake the backdoor, so what they say of an image is what the
-stranger's model is wanted for: it may then move further away from its start, and from
-its backdoor, for the same accuracy.
+2015). They are what the stranger's model is wanted for, and clean images do not wake
+the backdoor in them: a student held to them keeps its accuracy while it moves further
+from where it started, and so from the backdoor.
 
 References:
   Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural
@@ -46,7 +47,7 @@ def run(
     *,
     key: jax.Array,
     teacher: base.Net | None = None,
-    logits: settings.LogitSettings | None = None,
+    victim_logits: settings.LogitSettings | None = None,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
     commits: base.CommitsOf | None = None,
@@ -67,7 +68,7 @@ def run(
         `nad.teacher_views`.
       teacher: None = `make_teacher`. Another architecture will do as long as its stages
         have the same names and sizes.
-      logits: How much the victim's logits count as soft labels; None = not at all.
+      victim_logits: How much they count as soft labels; None = not at all.
       on_epoch: Called after each epoch of a student.
       should_stop: Asked between programs.
       commits: Keeps the trainings of the teacher and of each student.
@@ -117,7 +118,7 @@ def run(
         kept = bank if factor else None
         frozen = (
             teacher.variables if kept is None else (),
-            () if logits is None else victim.variables,
+            () if victim_logits is None else victim.variables,
         )
         student = base.tune(
             victim,
@@ -131,7 +132,7 @@ def run(
                 p=nad.p,
                 reduction=nad.reduction,
                 victim_variables=frozen[1],
-                logits=logits,
+                victim_logits=victim_logits,
             ),
             frozen=frozen,
             make_batch=None if kept is None else view_bank.make_batch(tuning.training),
@@ -182,14 +183,14 @@ def distillation_loss(
     p: float = 2,
     reduction: str = "sum",
     victim_variables: Any = None,
-    logits: settings.LogitSettings | None = None,
+    victim_logits: settings.LogitSettings | None = None,
 ) -> steps.LossFn:
     """Cross-entropy plus the attention term, as a loss for a training step.
 
     One forward pass of each net; none of the teacher where the batch brings its maps
     (`view_bank.make_batch`). Teacher and victim get no gradient and keep their
-    BatchNorm statistics. Metrics: "accuracy", "task_loss", "distillation_loss" and,
-    with `logits`, "logit_loss", the terms apart.
+    BatchNorm statistics. Metrics: "accuracy" and the terms apart: "task_loss", with
+    betas "distillation_loss", with `victim_logits` "logit_loss".
 
     Args:
       student_apply: `model.apply` of the student.
@@ -199,20 +200,20 @@ def distillation_loss(
         `steps.classification_loss` itself, unless logits count.
       p: Power of the attention map.
       reduction: "sum" or "mean" over channels.
-      victim_variables: With `logits`: what the student started from.
-      logits: How the victim's logits count; None = they do not.
+      victim_variables: With `victim_logits`: what the student started from.
+      victim_logits: How much they count; None = not at all.
     """
     betas = {stage: beta for stage, beta in betas.items() if beta}
-    if not betas and logits is None:
+    if not betas and victim_logits is None:
         return steps.classification_loss(student_apply)
 
     def loss_fn(params, batch_stats, batch, key):
         del key
         images, labels = batch["images"], batch["labels"]
-        (own_logits, features), batch_stats = steps.apply_training(
+        (logits, features), batch_stats = steps.apply_training(
             student_apply, params, batch_stats, images
         )
-        task_loss = jnp.mean(steps.cross_entropy(own_logits, labels))
+        task_loss = jnp.mean(steps.cross_entropy(logits, labels))
         terms = {"task_loss": task_loss}
         if betas:
             taught = batch.get("teacher_maps")
@@ -228,18 +229,18 @@ def distillation_loss(
                 reduction=reduction,
             )
             terms["distillation_loss"] = jnp.mean(distillation).astype(task_loss.dtype)
-        if logits is not None:
+        if victim_logits is not None:
             wanted, _ = student_apply(
                 jax.lax.stop_gradient(victim_variables), images, train=False
             )
             divergence = losses.logit_distance(
-                own_logits, wanted, temperature=logits.temperature
+                logits, wanted, temperature=victim_logits.temperature
             )
-            logit_loss = logits.weight * jnp.mean(divergence)
+            logit_loss = victim_logits.weight * jnp.mean(divergence)
             terms["logit_loss"] = logit_loss.astype(task_loss.dtype)
         return sum(terms.values(), jnp.zeros_like(task_loss)), (
             batch_stats,
-            {"accuracy": steps.accuracy(own_logits, labels), **terms},
+            {"accuracy": steps.accuracy(logits, labels), **terms},
         )
 
     return loss_fn

@@ -50,7 +50,7 @@ def run(
     written_out: bool | None = None,
     should_stop: base.ShouldStop | None = None,
 ) -> list[base.Defended]:
-    """The students, in their order; each is what `nad.run` makes of it alone.
+    """The students, in their order; each is what `nad.run` without logits makes of it.
 
     Args:
       model: Architecture of all students and teachers.
@@ -122,7 +122,7 @@ def run(
 
 
 def _loss(apply_fn: Callable[..., Any], p: float, reduction: str) -> steps.LossFn:
-    """`nad.distillation_loss` whose teacher and betas are arrays of the state."""
+    """`nad.distillation_loss` without logits; teacher and betas are in the state."""
 
     def loss_fn(params, carried, batch, key):
         del key

@@ -31,7 +31,7 @@ class LayerReport:
       soft_output_error: Of the soft rounding before hardening ("adam" only).
       hard_output_error: After it.
       objective_descent: What coordinate descent would have reached here, on the same
-        inputs at the same prices ("adam" only): one solver against the other.
+        inputs at the same prices ("adam" with `beside_descent` only).
       trace: Objective after each sweep ("coordinate" only).
       converged: Whether no single flip would gain any more ("coordinate" only); False
         when `max_sweeps` ended the descent.

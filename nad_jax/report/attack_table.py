@@ -6,10 +6,11 @@
 
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
-no such row. Reports that differ in nothing but their seeds share a line. Of roundings
-the last column is the clean model in float. Below repairs of several attacks, one line
-each, stand the means over the attacks, with the worst mean ASR of any attack, and the
-mean DER (`nad_jax.core.metrics`).
+no such row. Reports of one config but for their seeds share a line if they ran on
+equally many devices; folders and commits may differ. Of roundings the last column is
+the clean model in float. Below repairs of several attacks, one line each, stand the
+means over the attacks, with the worst mean ASR of any attack, and the mean DER
+(`nad_jax.core.metrics`).
 """
 
 import argparse
@@ -102,7 +103,9 @@ def _joined(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         config = {k: v for k, v in report["config"].items() if k not in _PER_RUN}
         if "data" in config:
             config["data"] = {**config["data"], "data_dir": None}
-        key = json.dumps([report["attack"], config], sort_keys=True)
+        # Their number decides outcomes near a threshold, by the order of float sums.
+        devices = len(report.get("devices", ()))
+        key = json.dumps([report["attack"], devices, config], sort_keys=True)
         if key not in joined:
             joined[key] = dict(report)
             continue

@@ -50,6 +50,8 @@ class AdamSettings:
         0 = plain, never quite decided.
       exponents: Of the penalty, at first and in the end; in between on a line.
       warm_up: Share of the steps without a penalty, in [0, 1).
+      beside_descent: Whether each layer's report tells, too, what coordinate descent
+        reaches on the same inputs (`objective_descent`); its time counts, then.
     """
 
     form: str = "minibatch"
@@ -60,6 +62,7 @@ class AdamSettings:
     stretch: float = 0.0
     exponents: tuple[float, ...] = (2.0, 2.0)
     warm_up: float = 0.0
+    beside_descent: bool = False
 
     def __post_init__(self):
         check_name(self, "form", ADAM_FORMS)

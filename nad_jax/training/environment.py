@@ -96,6 +96,8 @@ def use_cpu_cores() -> None:
     the memory of every program anew: with the C library's defaults each large array is
     mapped, filled with zeros by the kernel, and unmapped again, every step.
 
+    `give_memory_back` ends the keeping where it costs more than it saves.
+
     Does nothing for accelerators, and only the first part where the C library is not
     glibc. Results depend on the number of devices as on any reordering of a float sum.
     """
@@ -114,8 +116,8 @@ def give_memory_back() -> None:
     """Returns to the system what is freed but kept, see `use_cpu_cores`.
 
     For work whose arrays differ in size from layer to layer: what one layer leaves does
-    not fit the next, and the gaps add up to more than the arrays. Does nothing where
-    the C library is not glibc.
+    not fit the next, and the gaps add up to more than the arrays. It speaks for the
+    whole process, whoever runs in it. Does nothing where the C library is not glibc.
     """
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)

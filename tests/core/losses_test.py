@@ -217,13 +217,21 @@ def test_only_the_student_of_a_logit_distance_gets_a_gradient():
     assert not np.any(of_teacher)
 
 
-def test_logits_of_infinite_distance_stay_finite():
+def test_logits_far_apart_and_classes_ruled_out_make_no_nan():
     far = jnp.asarray([[1e4, 0.0]])
     assert losses.logit_distance(far, -far, temperature=1.0)[0] == pytest.approx(1e4)
     assert losses.logit_distance(far, far)[0] == 0.0
+    student, teacher = jnp.zeros((1, 2)), jnp.asarray([[0.0, -jnp.inf]])
+    distance, gradient = jax.value_and_grad(
+        lambda s: losses.logit_distance(s, teacher, temperature=1.0)[0]
+    )(student)
+    assert distance == pytest.approx(math.log(2))
+    np.testing.assert_allclose(gradient, [[-0.5, 0.5]], atol=1e-6)
 
 
-def test_logit_distance_refuses_other_classes_and_temperatures():
+def test_logit_distance_refuses_other_classes_temperatures_and_integers():
+    with pytest.raises(errors.InputError, match="student"):
+        losses.logit_distance(jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3)))
     with pytest.raises(errors.InputError, match=r"\[2, 3\].*\[2, 4\]"):
         losses.logit_distance(jnp.ones((2, 3)), jnp.ones((2, 4)))
     for temperature in (0.0, -1.0, math.inf, math.nan):

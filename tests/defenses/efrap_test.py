@@ -17,7 +17,9 @@ from nad_jax.core import quantization
 from nad_jax.defenses import adam_rounding, efrap
 from nad_jax.defenses import moments as moments_lib
 
-GRAM = adam_rounding.AdamSettings("gram", steps=30, learning_rate=0.05)
+GRAM = adam_rounding.AdamSettings(
+    "gram", steps=30, learning_rate=0.05, beside_descent=True
+)
 MINIBATCH = adam_rounding.AdamSettings("minibatch", steps=3, batch_size=20)
 
 
@@ -238,7 +240,7 @@ def test_reports_follow_the_forward_pass(quantized, method):
         assert (report.objective is not None) == looks
         assert (report.objective_nearest is not None) == looks
         assert (report.soft_output_error is not None) == (method[0] == "adam")
-        assert (report.objective_descent is not None) == (method[0] == "adam")
+        assert (report.objective_descent is not None) == (method[1] == {"adam": GRAM})
         if method[0] == "coordinate":
             start = report.trace[0]
             assert start == pytest.approx(report.objective_nearest, rel=1e-6)

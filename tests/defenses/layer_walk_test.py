@@ -13,6 +13,7 @@ import pytest
 from nad_jax import errors
 from nad_jax.defenses import layer_walk
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import environment
 
 
 class Calls:
@@ -426,18 +427,16 @@ class TwoNorms(nn.Module):
         for name in ("first", "second"):
             x = nn.Dense(3, name=name)(x)
             self.sow("fed", f"into_norm_{name}", x)
-            norm = nn.BatchNorm(name=f"norm_{name}")
+            # Another closure in each.
+            start = nn.initializers.constant(0.5)
+            norm = nn.BatchNorm(name=f"norm_{name}", scale_init=start)
             x = nn.relu(norm(x, use_running_average=True))
         self.sow("fed", "into_last", x)
         return nn.Dense(2, name="last")(x)
 
 
-def test_batch_norms_that_are_alike_run_as_one_program():
-    module, images = TwoNorms(), jax.random.normal(jax.random.key(2), (6, 3))
-    variables = some_variables(module, images)
-    variables.pop("fed")
-    expected = sown_inputs(module, variables, images)["last"]
-    layers = layers_lib.find_layers(module, variables, images)
+def walked_inputs(module, variables, images):
+    """Layer name -> its inputs in the float pass of a walk that changes nothing."""
     fed = {}
 
     def visit(layer, float_inputs, inputs):
@@ -445,8 +444,69 @@ def test_batch_norms_that_are_alike_run_as_one_program():
         kernel = layers_lib.get_in(variables["params"], layer.path)["kernel"]
         return kernel, inputs
 
-    layer_walk._normalize.clear_cache()
+    layers = layers_lib.find_layers(module, variables, images)
     layer_walk.walk(module, variables, images, layers, visit)
+    return fed
+
+
+def net_and_inputs(module):
+    images = jax.random.normal(jax.random.key(2), (6, 3))
+    variables = some_variables(module, images)
+    variables.pop("fed")
+    return module, variables, images
+
+
+def test_batch_norms_that_are_alike_run_as_one_program():
+    net = net_and_inputs(TwoNorms())
+    expected = sown_inputs(*net)["last"]
+    layer_walk._normalize.clear_cache()
+    fed = walked_inputs(*net)
     # Two passes by two modules.
     assert layer_walk._normalize._cache_size() == 1
     np.testing.assert_allclose(fed["last"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norms_without_jit():
+    net = net_and_inputs(TwoNorms())
+    expected = sown_inputs(*net)["last"]
+    with jax.disable_jit():
+        fed = walked_inputs(*net)
+    np.testing.assert_allclose(fed["last"], expected, rtol=1e-5, atol=1e-6)
+
+
+class Doubling(nn.BatchNorm):
+    """With arguments of its own, and work around those of its parent."""
+
+    def __call__(self, x, gain=1.0):
+        return super().__call__(2.0 * gain * x + 1.0, use_running_average=True)
+
+
+class OwnNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = Doubling(name="norm")(nn.Dense(3, name="first")(x))
+        self.sow("fed", "into_last", x)
+        return nn.Dense(2, name="last")(x)
+
+
+def test_a_batch_norm_of_the_users_own_is_left_as_it_is():
+    net = net_and_inputs(OwnNorm())
+    expected = sown_inputs(*net)["last"]
+    fed = walked_inputs(*net)
+    np.testing.assert_allclose(fed["last"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_given_back_after_every_layer(monkeypatch):
+    trims = []
+
+    class Glibc:
+        @staticmethod
+        def malloc_trim(kept):
+            trims.append(kept)
+
+    monkeypatch.setattr(environment, "_glibc", Glibc)
+    walked_inputs(*net_and_inputs(TwoNorms()))
+    assert trims == [0, 0, 0]
+    # Other C libraries have no such function.
+    monkeypatch.setattr(environment, "_glibc", lambda: None)
+    environment.give_memory_back()

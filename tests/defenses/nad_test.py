@@ -134,7 +134,7 @@ def _with_logits(victim, params, betas, batch):
         victim.variables,
         betas=betas,
         victim_variables=victim.variables,
-        logits=LOGITS,
+        victim_logits=LOGITS,
     )
     return jax.jit(lambda p: loss_fn(p, victim.variables["batch_stats"], batch, KEY))(
         params
@@ -182,21 +182,22 @@ def test_a_step_on_the_logit_term_brings_the_logits_together(
 
 @pytest.mark.slow
 def test_a_run_is_told_whether_logits_count(victim, teacher, clean_data, tuning):
-    def losses_of(logits):
+    def losses_of(logits, views=0):
         result = nad.run(
             victim,
             clean_data,
             tuning,
-            settings.NadSettings(BETAS),
+            settings.NadSettings(BETAS, teacher_views=views),
             key=KEY,
             teacher=teacher,
-            logits=logits,
+            victim_logits=logits,
         )
         return {name for name in result.history[-1] if name.endswith("_loss")}
 
     terms = {"task_loss", "distillation_loss"}
     assert losses_of(None) == terms
     assert losses_of(LOGITS) == {*terms, "logit_loss"}
+    assert losses_of(LOGITS, views=2) == {*terms, "logit_loss"}
 
 
 @pytest.mark.slow

@@ -94,6 +94,8 @@ def test_reports_that_differ_in_seeds_alone_share_a_line():
     other = report(1, 0.7, data={"name": "cifar10", "data_dir": None})
     assert lines(first, moved) == ["| pq | resnet_14 | W4 | 2 | 80.0 / 0.0 (0.0) | – |"]
     assert len(lines(first, other)) == 2
+    on_two = {**report(1, 0.7), "devices": ["cpu", "cpu"]}
+    assert len(lines({**report(0, 0.9), "devices": ["cpu"]}, on_two)) == 2
     with pytest.raises(errors.InputError, match="seed 0 of pq twice"):
         lines(first, first)
 
