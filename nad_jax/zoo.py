@@ -190,7 +190,8 @@ def add(
             settings.NadSettings({"stage1": 0.0}),
             clean_model_rows=(),
         ),
-        victim_workdir=str(workdir),
+        # Where the run had it from, if it has not trained it.
+        victim_workdir=report["config"].get("victim_workdir") or str(workdir),
     )
     train, _ = pipeline.load_data(config.data)
     model = models.build(
