@@ -214,6 +214,8 @@ def add(
         "recipe": recipe,
         "git_commit": report["git_commit"],
         "versions": report["versions"],
+        # Where several setups had a part, the first has not trained the victim.
+        **({"made_by": report["made_by"]} if "made_by" in report else {}),
         **{k: rows[0][k] for k in ("acc", "asr", "acc_count", "asr_count")},
     }
     shown = {k: v for k, v in subjects.trigger._asdict().items() if v is not None}

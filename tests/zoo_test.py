@@ -111,10 +111,13 @@ def test_what_is_put_in_comes_out_bit_for_bit(run, filled):
 def test_a_victim_may_be_that_of_an_earlier_run(run, filled, tmp_path):
     report = json.loads((run[0] / "report.json").read_text("utf-8"))
     report["config"]["victim_workdir"] = str(run[0])
+    report["made_by"] = [{"git_commit": "later"}, {"git_commit": "earlier"}]
     (tmp_path / "later").mkdir()
     whole_file.write_json(tmp_path / "later" / "report.json", report)
     zoo.add(tmp_path / "later", "again", seed=4, zoo=tmp_path)
     later, first = zoo.load("again", tmp_path), zoo.load("one", filled)
+    assert later.manifest["made_by"] == report["made_by"]
+    assert "made_by" not in first.manifest
     jax.tree.map(
         np.testing.assert_array_equal, later.net.variables, first.net.variables
     )

@@ -59,6 +59,21 @@ def test_the_collector_keeps_no_inputs_alive():
     assert alive() is None
 
 
+def test_what_is_remembered_goes_before_the_next_is_made():
+    made, alive = [], []
+
+    def double(x):
+        alive.append([old() is not None for old in made])
+        result = 2.0 * x
+        made.append(weakref.ref(result))
+        return result
+
+    remembered = moments_lib.Remembered(double)
+    remembered(normal((3,), 0))
+    remembered(normal((3,), 1))
+    assert alive == [[], [False]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bytes_alive", [64 * 2**20, 300])
 def test_moments_of_a_grouped_convolution_in_one_chunk_and_in_many(
