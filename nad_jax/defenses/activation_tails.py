@@ -9,8 +9,9 @@ reads that chain off the module's own computation, so it holds for any module:
     conv -> BatchNorm -> (+ shortcut)       tail = BatchNorm
     dense -> ...                            tail = nothing
 
-The chain ends at the first activation function, at a second operand that depends on the
-images, where the value is used twice, or where its shape changes.
+The chain ends at the first activation function, before the product of the next layer or
+any other, at a second operand that depends on the images, where the value is used
+twice, or where its shape changes.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ Tail = Callable[[jax.Array], jax.Array]
 
 # Primitives at which a chain ends, the primitive itself included.
 _ACTIVATIONS = ("max", "jit", "pjit", "custom_jvp_call", "tanh", "logistic", "erf")
+# Primitives before which it ends: what follows is another layer, or as good as one.
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def find_tails(
@@ -100,12 +103,20 @@ def _chain(jaxpr, variable, depends) -> list[Any]:
         (user,) = users
         others = [v for v in _variables_of(user) if v is not variable]
         same_shape = user.outvars[0].aval.shape == variable.aval.shape
-        if not same_shape or any(v in depends for v in others):
+        if not same_shape or any(v in depends for v in others) or _multiplies(user):
             return chain
         chain.append(user)
         variable = user.outvars[0]
         if user.primitive.name in _ACTIVATIONS:
             return chain
+
+
+def _multiplies(equation) -> bool:
+    """Whether an equation is a product, or has one in what it calls."""
+    if equation.primitive.name in _PRODUCTS:
+        return True
+    called = jax_core.jaxprs_in_params(equation.params)
+    return any(_multiplies(inner) for jaxpr in called for inner in jaxpr.eqns)
 
 
 def _compile(closed, variable, chain, depends) -> Tail:

@@ -127,3 +127,37 @@ def test_the_tail_of_a_layer_called_twice_is_that_of_its_first_call(first_relu):
     outputs = np.asarray([[-2.0, 0.5, 3.0]] * 2, np.float32)
     expected = np.maximum(outputs, 0) if first_relu else outputs
     np.testing.assert_allclose(tails["shared"](jnp.asarray(outputs)), expected)
+
+
+class Square(nn.Module):
+    """Layers whose outputs have the shape of their inputs, one behind the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="dense")(x)
+        x = 2.0 * nn.Dense(4, use_bias=False, name="scaled")(x)
+        x = nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(x)
+        x = nn.relu(nn.Conv(4, (1, 1), name="pointwise")(x))
+        x = nn.Dense(4, name="mixed")(x) @ jnp.ones((4, 4))
+        x = jax.jit(lambda x: nn.relu(x @ jnp.ones((4, 4))))(
+            nn.Dense(4, name="jitted")(x)
+        )
+        return nn.Dense(4, name="last")(x)
+
+
+@pytest.mark.slow
+def test_a_tail_ends_before_the_next_product():
+    """Also before one that is hidden in a call."""
+    module, images = Square(), jnp.ones((1, 3, 3, 4))
+    variables = jax.tree.map(
+        lambda leaf: jnp.ones(leaf.shape),
+        jax.eval_shape(module.init, jax.random.key(0), images),
+    )
+    found = layers_lib.find_layers(module, variables, images)
+    tails = activation_tails.find_tails(module, variables, images, found)
+    outputs = np.random.default_rng(0).normal(size=(1, 3, 3, 4)).astype(np.float32)
+    expected = {layer.name: outputs for layer in found}
+    expected["scaled"] = 2 * outputs
+    expected["pointwise"] = np.maximum(outputs, 0)
+    for name, tail in tails.items():
+        np.testing.assert_array_equal(tail(outputs), expected[name], err_msg=name)
