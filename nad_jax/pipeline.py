@@ -25,6 +25,7 @@ from nad_jax.attacks import triggers
 from nad_jax.core import attention
 from nad_jax.data import batches, sources, stored
 from nad_jax.report import html, schema, tables
+from nad_jax.settings import checks
 from nad_jax.training import (
     agreement,
     augmentation,
@@ -107,7 +108,8 @@ def build_trigger(
       other_names: What the caller accepts beside the names of triggers, for messages.
 
     Raises:
-      InputError: an unknown name, or an option that trigger does not have.
+      InputError: an unknown name, an option that trigger does not have, or a value of
+        it out of range.
     """
     if choice.name not in triggers.TRIGGERS:
         raise errors.InputError(
@@ -118,7 +120,12 @@ def build_trigger(
     make = triggers.TRIGGERS[choice.name]
     options = dict(choice.options)
     if "key" in inspect.signature(make).parameters:
-        options["key"] = jax.random.key(options.pop("seed", 0))
+        seed = options.pop("seed", 0)
+        if not checks.is_seed(seed):
+            raise errors.InputError(
+                f"{where}.trigger.seed must be {checks.SEEDS}, got {seed!r}"
+            )
+        options["key"] = jax.random.key(seed)
     try:
         return make(image_shape, **options)
     except TypeError as error:

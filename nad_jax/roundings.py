@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -216,7 +215,7 @@ def quantize(
         results.append(run(on_layer=record, finished=solved))
         return solved.codes
 
-    folder = re.sub(r"\W+", "-", stage)
+    folder = workdir_lib.folder_name(stage)
     solved.codes = workdir.stage(folder, solved.codes, solve, solved.notes)
     if not results:
         # Every layer is there, so this is one forward pass at most.

@@ -329,7 +329,7 @@ class Workdir:
         if stage is None or part in stage.parts:
             raise RuntimeError(f"no stage is open, or it has a part {part!r} already")
         stage.parts.add(part)
-        folder = self._unfinished(stage.name) / re.sub(r"[^\w.-]+", "-", part)
+        folder = self._unfinished(stage.name) / folder_name(part)
 
         def recall(remembered: dict[str, Any]) -> None:
             stage.began = time.perf_counter()
@@ -351,6 +351,11 @@ class Workdir:
             },
             recall=recall,
         )
+
+
+def folder_name(name: str) -> str:
+    """A name in words as that of a folder; numbers stay different from each other."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def _arithmetic(origin: Any) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import efrap as config_file
-from nad_jax import pipeline, settings, workdir
+from nad_jax import errors, pipeline, settings, workdir
 from nad_jax.report import schema
 
 CONFIG = settings.parse(config_file.get_config("smoke").to_dict())
@@ -63,6 +63,13 @@ def test_stages_of_another_commit_are_told_of(tmp_path):
     assert report["made_by"] == [_origin("now"), _origin("then")]
     assert any("2 setups" in note for note in report["notes"])
     assert not list((tmp_path / "earlier").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, "one", True])
+def test_a_trigger_is_drawn_from_a_seed_that_is_one(seed):
+    choice = settings.TriggerSettings("blend", {"alpha": 0.5, "seed": seed})
+    with pytest.raises(errors.InputError, match="config.attack.trigger.seed must be 0"):
+        pipeline.build_trigger(choice, (4, 4, 1))
 
 
 def test_where_there_is_no_checkout_the_variable_names_the_commit(monkeypatch):

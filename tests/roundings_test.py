@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The defender's images: a few of many, in no order."""
 
+import types
+
 import jax
 import numpy as np
+import pytest
 
-from nad_jax import roundings
+from nad_jax import roundings, settings
 from nad_jax.data import sources
 
 COUNT = 40
@@ -27,3 +30,29 @@ def test_calibration_images_come_in_random_order_and_once_each():
     assert some == rows(20) and some != rows(20, seed=1)
     assert rows(10) == some[:10]
     assert sorted(rows(10 * COUNT)) == list(range(COUNT))
+
+
+def test_codes_of_different_seeds_are_different_stages():
+    """They are restored by the name of the stage."""
+    folders = []
+
+    class Workdir:
+        def stage(self, name, like, compute, notes):
+            folders.append(name)
+            raise KeyboardInterrupt
+
+    geometry = types.SimpleNamespace(kernel_shape=(1,))
+    for seed in (1, -1):
+        with pytest.raises(KeyboardInterrupt):
+            roundings.quantize(
+                settings.EfrapSettings(),
+                "efrap",
+                None,
+                None,
+                np.zeros((1, 2, 2, 1), np.float32),
+                layers=[types.SimpleNamespace(name="dense", geometry=geometry)],
+                key=jax.random.key(0),
+                workdir=Workdir(),
+                stage=f"efrap, clean, seed {seed}",
+            )
+    assert folders == ["efrap-clean-seed-1", "efrap-clean-seed--1"]

@@ -110,6 +110,9 @@ def test_projections_share_the_limits_of_their_cells(attack):
         (("seeds",), (), "config.seeds must be at least one"),
         (("seeds",), (1, 1), "config.seeds must be all different"),
         (("seeds",), "x", "config.seeds must be int"),
+        (("seeds",), (1, -1), "config.seeds must be 0 to 2**32 - 1, got (1, -1)"),
+        (("seeds",), (0, 2**32), "config.seeds must be 0 to 2**32 - 1"),
+        (("seeds",), (2**64,), "config.seeds must be 0 to 2**32 - 1"),
         (("data",), 3, "config.data must be a section"),
         (("epoch",), 3, "config.epoch is not known"),
         (("defense", "warm_up"), 0.2, "config.defense.warm_up is not known"),
@@ -125,6 +128,20 @@ def test_a_bad_value_is_refused_by_name(path, value, message):
         _read(config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("job", ["vet", "audit", "inspect"])
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_a_judge_takes_the_seeds_that_make_different_keys(job, seed):
+    config = _config(f"{job}.py")
+    files = ("checkpoint", "float_model", "integer_file")
+    config |= {name: "x" for name in files if name in config}
+    config["seed"] = 2**32 - 1
+    assert settings.parse(config).seed == 2**32 - 1
+    config["seed"] = seed
+    message = rf"config.seed must be 0 to 2\*\*32 - 1, got {seed}"
+    with pytest.raises(errors.InputError, match=message):
+        settings.parse(config)
 
 
 def test_a_grid_is_a_preset_and_what_is_different_about_it():

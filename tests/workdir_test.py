@@ -246,6 +246,13 @@ def test_a_refused_command_leaves_the_metrics_of_a_finished_run(tmp_path):
         run.close()
 
 
+def test_folders_of_different_numbers_are_different():
+    numbers = [-1, 1, 0.1, 1.0, 10, 2**32 - 1]
+    folders = [workdir.folder_name(f"efrap, clean, seed {n}") for n in numbers]
+    assert len(set(folders)) == len(numbers)
+    assert not any(set(folder) & set("/ ,") for folder in folders)
+
+
 def _origin(commit, jaxlib="0.10.1", devices=2):
     return {"git_commit": commit, "versions": {"jaxlib": jaxlib}, "devices": devices}
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from nad_jax.errors import InputError
 
+# What `is_seed` accepts, in words.
+SEEDS = "0 to 2**32 - 1"
+
 
 def check(settings: Any, name: str, good: bool, accepted: str) -> None:
     if not good:
@@ -48,6 +51,19 @@ def check_patience(settings: Any) -> None:
     check(settings, "patience", good, "at least 1 or None")
 
 
+def check_seed(settings: Any) -> None:
+    check(settings, "seed", is_seed(settings.seed), SEEDS)
+
+
 def check_seeds(settings: Any) -> None:
     check(settings, "seeds", len(settings.seeds) > 0, "at least one")
+    check(settings, "seeds", all(map(is_seed, settings.seeds)), SEEDS)
     check_different(settings, "seeds")
+
+
+def is_seed(value: Any) -> bool:
+    """Whether `jax.random.key` makes another key of it than of any other such number.
+
+    Outside of these, numbers that are equal modulo 2**32 are one key, or none.
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32

@@ -18,6 +18,7 @@ from nad_jax.settings.checks import (
     check_loader,
     check_name,
     check_patience,
+    check_seed,
     check_seeds,
     check_widths,
 )
@@ -168,6 +169,7 @@ class VetSettings:
 
     def __post_init__(self):
         check_name(self, "job", ("vet",))
+        check_seed(self)
         check_loader(self)
         if not self.checkpoint:
             raise InputError("checkpoint is missing; give --config.checkpoint=FILE")
@@ -208,6 +210,7 @@ class AuditSettings:
 
     def __post_init__(self):
         check_name(self, "job", ("audit",))
+        check_seed(self)
         check_loader(self)
         for name in ("float_model", "integer_file"):
             if not getattr(self, name):
@@ -243,6 +246,7 @@ class InspectSettings:
 
     def __post_init__(self):
         check_name(self, "job", ("inspect",))
+        check_seed(self)
         if not self.float_model:
             raise InputError("float_model is missing; give --config.float_model=FILE")
         check_widths(self, "weight_bits")
