@@ -23,6 +23,9 @@ from nad_jax.defenses import quantized_module
 from nad_jax.models import layers as layers_lib
 
 CANDIDATES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+# Arguments of `efrap` that are not the caller's here: the first three are set for every
+# candidate, and layers that one candidate finished are not those of the next.
+_OWN = ("method", "flip_weight", "layers", "finished", "on_layer")
 
 
 class Choice(NamedTuple):
@@ -57,11 +60,19 @@ def choose_flip_weight(
       tolerance: Share of held-out images that flipping may cost.
       held_out: Share of the images that is held out, in (0, 1).
       apply_kwargs: As for `efrap`.
-      **arguments: Further ones of `efrap`: widths, grid, prices, starts.
+      **arguments: Further ones of `efrap`: widths, grid, prices, starts. Not `method`,
+        `flip_weight`, `layers`, `finished` and `on_layer`.
 
     Raises:
-      InputError: candidates that do not ascend from 0, or too few images.
+      InputError: candidates that do not ascend from 0, too few images, or one of the
+        arguments named above.
     """
+    for name in _OWN:
+        if name in arguments:
+            raise errors.InputError(
+                f"{name} cannot be chosen here: every candidate is a run of its own, "
+                "by coordinate descent, of all layers"
+            )
     if not candidates or candidates[0] != 0 or list(candidates) != sorted(candidates):
         raise errors.InputError(
             f"candidates must ascend from 0, got {tuple(candidates)}"

@@ -82,3 +82,21 @@ def test_candidates_must_ascend_from_zero(candidates):
 def test_too_few_images_are_refused():
     with pytest.raises(errors.InputError, match="both sides, got 0.5 of 1"):
         choose(IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"method": "adam"},
+        {"flip_weight": 0.1},
+        {"layers": []},
+        {"finished": {}},
+        {"on_layer": print},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_every_candidate_has_of_its_own_is_refused(arguments):
+    """The first candidate would fill `finished`, and the others would be copies."""
+    (name,) = arguments
+    with pytest.raises(errors.InputError, match=f"^{name} cannot be chosen here"):
+        choose(**arguments)
