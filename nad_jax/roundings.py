@@ -177,6 +177,15 @@ def quantize(
         "grid": defense.grid.grid(),
         **_arguments(defense, name, flip_rates),
     }
+    method, adam = arguments["method"], _adam(defense, name)
+    options = {
+        "flip_form": defense.flip_form,
+        "flip_unit": defense.flip_unit,
+        "max_sweeps": defense.max_sweeps,
+        "starts": defense.starts,
+        "adam": adam,
+    }
+    read = layer_rounding.options_read(method, adam)
 
     def record(report):
         workdir.record("layer", stage=stage, **dataclasses.asdict(report))
@@ -189,19 +198,15 @@ def quantize(
         weight_bits=defense.weight_bits,
         act_bits=defense.act_bits,
         **arguments,
-        flip_form=defense.flip_form,
-        flip_unit=defense.flip_unit,
-        starts=defense.starts,
+        **{option: value for option, value in options.items() if option in read},
         fold_batch_norm=defense.fold_batch_norm,
         quantize_sums=defense.quantize_sums,
         apply_kwargs=EVAL,
         key=key,
-        max_sweeps=defense.max_sweeps,
-        adam=_adam(defense, name),
         layers=layers,
         mesh=sharding.forward_mesh(images.shape[0]),
     )
-    if arguments["method"] not in _SOLVED:
+    if method not in _SOLVED:
         started = time.perf_counter()
         result = run(on_layer=record)
         jax.block_until_ready(result.variables)

@@ -44,7 +44,7 @@ def error_feedback(
     References:
       Frantar et al., "GPTQ", ICLR 2023; Chee et al., "QuIP", NeurIPS 2023 (LDLQ).
     """
-    problem = jax.lax.stop_gradient(problem)
+    problem = _normalized(jax.lax.stop_gradient(problem))
     num_inputs = problem.fraction.shape[0]
     # The input that matters most goes first, while all others can still make up for it.
     order = jnp.argsort(jnp.diagonal(problem.gram))
@@ -59,10 +59,8 @@ def error_feedback(
             problem.drift,
         )
     )
-    diagonal = jnp.diagonal(gram)
-    live = jnp.maximum(jnp.sum((diagonal > 0.0).astype(jnp.float32)), 1.0)
-    damped = jnp.maximum(damping * jnp.sum(diagonal) / live, jnp.finfo(jnp.float32).eps)
-    gram = gram + damped * jnp.eye(num_inputs, dtype=jnp.float32)
+    damping = max(damping, float(jnp.finfo(jnp.float32).eps))
+    gram = gram + jnp.float32(damping) * jnp.eye(num_inputs, dtype=jnp.float32)
     factor = jnp.linalg.cholesky(gram, upper=True)
     # Only damped inputs of dead layers could leave a NaN; they have no error to feed.
     best = -jax.scipy.linalg.cho_solve((factor, False), drift)
@@ -126,3 +124,16 @@ def error_feedback(
     zeros = jnp.zeros_like(fraction)
     chosen, _ = jax.lax.fori_loop(0, num_blocks, settle_block, (zeros, zeros))
     return jnp.zeros_like(problem.fraction).at[order].set(chosen[padding:])
+
+
+def _normalized(problem: solvers.RoundingProblem) -> solvers.RoundingProblem:
+    """The same choice with inputs of mean power 1, those that are always 0 left out."""
+    diagonal = jnp.diagonal(problem.gram)
+    live = jnp.sum((diagonal > 0.0).astype(jnp.float32))
+    power = jnp.sum(diagonal) / jnp.maximum(live, 1.0)
+    power = jnp.where(power > 0.0, power, 1.0)
+    return problem._replace(
+        gram=problem.gram / power,
+        drift=problem.drift / power,
+        stay_cost=problem.stay_cost / power,
+    )

@@ -44,7 +44,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nad_jax import errors
-from nad_jax.core import grids, quantization
+from nad_jax.core import grids, quantization, shapes
 from nad_jax.defenses import (
     activation_grids,
     activation_tails,
@@ -78,10 +78,10 @@ def efrap(
     apply_kwargs: Mapping[str, Any] | None = None,
     key: jax.Array | None = None,
     strength: float | Mapping[str, float] | None = None,
-    flip_form: str = "element",
-    flip_unit: str = "weight",
-    max_sweeps: int = 20,
-    starts: Sequence[str] = ("nearest",),
+    flip_form: str | None = None,
+    flip_unit: str | None = None,
+    max_sweeps: int | None = None,
+    starts: Sequence[str] | None = None,
     adam: adam_rounding.AdamSettings | None = None,
     layers: list[layers_lib.Layer] | None = None,
     on_layer: Callable[[quantized_module.LayerReport], None] | None = None,
@@ -100,7 +100,8 @@ def efrap(
       method: One of `METHODS`.
       flip_weight: Price, per unit of rounding error, of a weight left at nearest
         ("coordinate", default 0.01; "feedback", default 0) or weight of the flip loss
-        ("adam", default 1, as in EFRAP's public code). 0 = pure reconstruction.
+        ("adam", default 1, as in EFRAP's public code, which at a hard rounding is a
+        price of 18.4). 0 = pure reconstruction.
       grid: Everything else about the grid, by name (`nad_jax.core.grids.GRIDS`: what
         runtimes do by default) or spelt out. "plain" is symmetric, absmax, per output
         channel; inputs with the range of least squared error, averaged over batches.
@@ -121,13 +122,13 @@ def efrap(
         in half steps (default 1); of "counter_shift": multiple of the shift that is
         subtracted (default 1); of "channel_split": the share of input channels to add,
         in [0, 1] (default 0.02). Other methods take none.
-      flip_form: What the price counts: "element", the error of the weight, or
-        "neuron", the norm of its output channel's errors (the paper's wording).
-      flip_unit: "weight" units, as published, or "step": free of the scale of the
-        layer, see `layer_rounding.Method`.
-      max_sweeps: Passes of coordinate descent per layer.
-      starts: Where coordinate descent starts, of "nearest", "feedback" and "flipped";
-        each channel keeps the best end.
+      flip_form: What the price counts: "element" (default), the error of the weight,
+        or "neuron", the norm of its output channel's errors (the paper's wording).
+      flip_unit: "weight" units (default), as published, or "step": free of the scale
+        of the layer, see `layer_rounding.Method`.
+      max_sweeps: Passes of coordinate descent per layer (default 20).
+      starts: Where coordinate descent starts, of "nearest" (default), "feedback" and
+        "flipped"; each channel keeps the best end.
       adam: Settings of "adam".
       layers: From `models.layers.find_layers` of this module, if at hand; several
         roundings of one module need not look for them each time.
@@ -143,8 +144,9 @@ def efrap(
       A `quantized_module.Quantized`. The input variables are not changed.
 
     Raises:
-      InputError: an argument out of range, images or weights that are empty, not
-        finite or of the wrong shape, or a module without Conv and Dense.
+      InputError: an argument out of range, or one that the method does not read;
+        images or weights that are empty, not finite or of the wrong shape, or a module
+        without Conv and Dense.
 
     Warns (`UserWarning`) about layers called twice (solved at their first call) and
     kernels left in float.
@@ -167,7 +169,16 @@ def efrap(
             "spec.channel_axis must be None (per tensor) or -1 (per output channel), "
             f"got {spec.channel_axis}"
         )
-    how = layer_rounding.Method(method, flip_form, flip_unit, max_sweeps, tuple(starts))
+    how = _method(
+        method,
+        flip_weight=flip_weight,
+        flip_form=flip_form,
+        flip_unit=flip_unit,
+        max_sweeps=max_sweeps,
+        starts=None if starts is None else tuple(starts),
+        adam=adam,
+        strength=strength,
+    )
     if flip_weight is None:
         flip_weight = layer_rounding.LOOKING.get(method, 0.0)
     if not 0.0 <= flip_weight < math.inf:
@@ -255,7 +266,7 @@ def efrap(
             )
         own = layers_lib.get_in(new_params, layer.path)
         if layer.name in given:
-            kernel = _on_grid(finished[layer.name], layer, own["kernel"].dtype)
+            kernel = _on_grid(finished[layer.name], layer, own["kernel"])
         else:
             result, details = rounder(layer, float_inputs, inputs)
             if mesh is not None:
@@ -326,16 +337,32 @@ def efrap(
     )
 
 
+def _method(name: str, **options: Any) -> layer_rounding.Method:
+    """The method with the options that were given, all of which it reads."""
+    given = {option: v for option, v in options.items() if v is not None}
+    known = {field.name for field in dataclasses.fields(layer_rounding.Method)}
+    method = layer_rounding.Method(
+        name, **{option: v for option, v in given.items() if option in known}
+    )
+    read = layer_rounding.options_read(name, given.get("adam"))
+    for option in sorted(given.keys() - read):
+        raise errors.InputError(
+            f"method {name!r} takes no {option}, got {given[option]!r}"
+        )
+    return method
+
+
 def _on_grid(
-    known: quantized_module.FinishedLayer, layer: layers_lib.Layer, dtype: Any
+    known: quantized_module.FinishedLayer, layer: layers_lib.Layer, kernel: jax.Array
 ) -> jax.Array:
-    """The kernel of a finished layer."""
+    """The kernel of a finished layer, whose float one is `kernel`."""
     if known.codes.shape != layer.geometry.kernel_shape:
         raise errors.InputError(
             f"finished codes of layer {layer.name} have shape {known.codes.shape}, its "
             f"kernel {layer.geometry.kernel_shape}"
         )
-    return quantization.dequantize(jnp.asarray(known.codes), known.params).astype(dtype)
+    values = quantization.dequantize(jnp.asarray(known.codes), known.params)
+    return values.astype(shapes.accumulation_dtype(kernel))
 
 
 def specs_by_layer(
@@ -376,12 +403,8 @@ def _act_widths(act_bits, layers, first_last_bits) -> dict[str, int]:
 
 def _strengths(method, strength, layers) -> dict[str, float]:
     """Layer name -> strength of a blind method."""
-    if method not in layer_rounding.STRENGTHS:
-        if strength is not None:
-            raise errors.InputError(f"method {method!r} takes no strength")
-        strength = 0.0
-    elif strength is None:
-        strength = layer_rounding.STRENGTHS[method]
+    if strength is None:
+        strength = layer_rounding.STRENGTHS.get(method, 0.0)
     by_layer = strength
     if not isinstance(by_layer, Mapping):
         by_layer = {layer.name: by_layer for layer in layers}

@@ -20,6 +20,7 @@ from nad_jax.core import (
     losses,
     quantization,
     rounding,
+    shapes,
     solvers,
 )
 from nad_jax.defenses import activation_tails, adam_rounding, common_sizes
@@ -43,6 +44,16 @@ METHODS = (*BLIND, *LOOKING)
 STARTS = ("nearest", "feedback", "flipped")
 FLIP_FORMS = ("element", "neuron")
 FLIP_UNITS = ("weight", "step")
+# Option of `efrap` -> the methods that read it.
+OPTIONS = {
+    "flip_weight": tuple(LOOKING),
+    "flip_form": tuple(LOOKING),
+    "flip_unit": tuple(LOOKING),
+    "max_sweeps": ("coordinate",),
+    "starts": ("coordinate",),
+    "adam": ("adam",),
+    "strength": tuple(STRENGTHS),
+}
 # Of the blind methods, those that draw a number per weight.
 _DRAWING = ("stochastic", "random", "noise")
 
@@ -87,12 +98,30 @@ class Method:
 
 
 class Rounded(NamedTuple):
-    """A kernel on its grid: float values, codes, the grid, share of weights flipped."""
+    """A kernel on its grid: float values, codes, the grid, share of weights flipped.
+
+    Values of bfloat16 kernels are float32: narrower ones would miss their grid.
+    """
 
     kernel: jax.Array
     codes: jax.Array
     params: quantization.QuantParams
     flip_rate: jax.Array | float
+
+
+def options_read(
+    method: str, adam: adam_rounding.AdamSettings | None = None
+) -> frozenset[str]:
+    """Names of `OPTIONS` that a method reads.
+
+    Args:
+      method: Of `METHODS`.
+      adam: Its settings; beside coordinate descent, that one's options are read, too.
+    """
+    runs = {method}
+    if method == "adam" and adam is not None and adam.beside_descent:
+        runs.add("coordinate")
+    return frozenset(name for name, readers in OPTIONS.items() if runs & set(readers))
 
 
 # (layer, float_inputs, inputs) -> result and details for the layer's report
@@ -243,7 +272,7 @@ def make_adam_rounder(
         )
         chosen, details = adam_rounding.solve(task, adam)
         if adam.beside_descent:
-            reach = _descent_reach(method, problem)
+            reach = _descent_reach(method, adam_rounding.at_vertices(problem))
             details["objective_descent"] = float(np.sum(reach))
         return _finish(kernel, chosen, params, placement, specs[name]), details
 
@@ -281,7 +310,9 @@ def _trimmed(result: Rounded, geometry: layers_lib.Geometry) -> Rounded:
 @functools.partial(jax.jit, static_argnums=4)
 def _finish(kernel, chosen, params, placement, spec) -> Rounded:
     return Rounded(
-        rounding.rounded_weights(placement, chosen, params).astype(kernel.dtype),
+        rounding.rounded_weights(placement, chosen, params).astype(
+            shapes.accumulation_dtype(kernel)
+        ),
         rounding.codes(placement, chosen, spec),
         params,
         rounding.flip_rate(placement, chosen),
@@ -302,7 +333,9 @@ def _round_blindly(name, spec, kernel, params, draws, strength, size) -> Rounded
             )
         moved = codes != rounding.codes(placement, placement.nearest, spec)
         return Rounded(
-            quantization.dequantize(codes, params).astype(kernel.dtype),
+            quantization.dequantize(codes, params).astype(
+                shapes.accumulation_dtype(kernel)
+            ),
             codes,
             params,
             jnp.mean(moved.astype(jnp.float32)),
@@ -330,7 +363,9 @@ def _round_split(spec, num_splits, kernel) -> Rounded:
     steps = jnp.round(quantization.divide(kernel, params.scale))
     unsplit = steps.astype(jnp.int32) + params.zero_point
     return Rounded(
-        quantization.dequantize(codes, params).astype(kernel.dtype),
+        quantization.dequantize(codes, params).astype(
+            shapes.accumulation_dtype(kernel)
+        ),
         codes,
         params,
         jnp.mean((codes.astype(jnp.int32) != unsplit).astype(jnp.float32)),

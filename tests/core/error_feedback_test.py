@@ -147,3 +147,15 @@ def test_dead_inputs_and_too_few_images_leave_no_nan():
     chosen = np.asarray(feedback(problem._replace(gram=row.T @ row)))
     assert np.isin(chosen, [0, 1]).all()
     assert np.isin(feedback(problem._replace(gram=0 * gram)), [0, 1]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_the_scale_of_the_inputs_changes_no_choice(scale):
+    problem = random_problem(5, (24, 6), flip_weight=0.01)
+    scaled = problem._replace(
+        gram=scale**2 * problem.gram,
+        drift=scale**2 * problem.drift,
+        stay_cost=scale**2 * problem.stay_cost,
+    )
+    scaled = jax.tree.map(np.float32, scaled)
+    np.testing.assert_array_equal(feedback(scaled), feedback(problem))

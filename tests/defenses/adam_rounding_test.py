@@ -265,7 +265,8 @@ def test_what_is_reported_is_measured_on_outputs(many_steps):
 
     def objective(share):
         stays = oracle.free & (share == oracle.up)
-        price = oracle.flip_weight * np.sum(oracle.error * stays)
+        # The public code's logarithm of 0 + 1e-8.
+        price = oracle.flip_weight * -np.log(1e-8) * np.sum(oracle.error * stays)
         return oracle.output_error(share) + price
 
     soft_error = oracle.output_error(1 / (1 + np.exp(-after)))

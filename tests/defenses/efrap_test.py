@@ -249,13 +249,23 @@ def test_reports_follow_the_forward_pass(quantized, method):
 
 
 def test_adam_tells_what_coordinate_descent_reaches_on_its_inputs():
+    """At equal prices: where nothing is soft, its flip loss charges -ln 1e-8."""
     images = jax.random.normal(jax.random.key(3), (40, 5))
     variables = some_variables(Small(), images, train=False)
-    options = {"apply_kwargs": APPLY_KWARGS, "flip_weight": 0.02}
-    adam = efrap.efrap(
-        Small(), variables, images, method="adam", adam=GRAM, **options
-    ).layers["first"]
-    descent = efrap.efrap(Small(), variables, images, **options).layers["first"]
+
+    def first_layer(flip_weight, **options):
+        return efrap.efrap(
+            Small(),
+            variables,
+            images,
+            apply_kwargs=APPLY_KWARGS,
+            flip_weight=flip_weight,
+            **options,
+        ).layers["first"]
+
+    adam = first_layer(0.001, method="adam", adam=GRAM)
+    descent = first_layer(0.001 * -np.log(1e-8))
+    assert adam.objective_nearest == pytest.approx(descent.objective_nearest, rel=1e-5)
     # The first layer sees the same images whatever the method.
     assert adam.objective_descent == pytest.approx(descent.objective, rel=1e-5)
     assert adam.objective != pytest.approx(descent.objective, rel=1e-5)
@@ -606,6 +616,23 @@ def test_a_price_in_steps_does_not_see_the_scale_of_a_layer(form):
     np.testing.assert_array_equal(before, codes("step", True, 0.5)[0])
     assert rate != codes("step", False, 0.0)[1]
     assert np.any(codes("weight", False, 0.02)[0] != codes("weight", True, 0.02)[0])
+
+
+@pytest.mark.parametrize("method", ["nearest", "coordinate", "adam", "channel_split"])
+def test_kernels_stored_in_bfloat16_come_back_on_their_grid(method):
+    images = uniform((40, 6))
+    module = nn.Sequential([nn.Dense(8, dtype=jnp.float32, param_dtype=jnp.bfloat16)])
+    variables = some_variables(module, images)
+    adam = {"adam": MINIBATCH} if method == "adam" else {}
+    result = efrap.efrap(
+        module, variables, images, weight_bits=8, method=method, **adam
+    )
+    ((name, params),) = result.quant_params.items()
+    steps = np.asarray(result.codes[name], np.float64) - np.asarray(params.zero_point)
+    expected = steps * np.asarray(params.scale, np.float64)
+    kernel = np.asarray(result.variables["params"][name]["kernel"], np.float64)
+    assert variables["params"][name]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(kernel, expected, rtol=1e-6)
 
 
 # ---- bits of the ends, folding ----
@@ -1002,6 +1029,12 @@ NAN, INF = float("nan"), float("inf")
         ({"flip_weight": NAN}, ["flip_weight", "nan"]),
         ({"flip_weight": INF}, ["flip_weight", "inf"]),
         ({"max_sweeps": 0}, ["max_sweeps", "0"]),
+        ({"method": "nearest", "flip_weight": 0.5}, ["nearest", "flip_weight", "0.5"]),
+        ({"method": "noise", "flip_form": "neuron"}, ["noise", "flip_form"]),
+        ({"method": "floor", "flip_unit": "step"}, ["floor", "flip_unit"]),
+        ({"method": "feedback", "max_sweeps": 3}, ["feedback", "max_sweeps", "3"]),
+        ({"method": "adam", "starts": ("flipped",)}, ["adam", "starts", "flipped"]),
+        ({"adam": MINIBATCH}, ["coordinate", "adam"]),
         ({"spec": quantization.QuantSpec(channel_axis=0)}, ["channel_axis", "0"]),
     ],
 )
