@@ -13,7 +13,6 @@ an artefact without codes (`nad_jax.interop.artifact`) and never unpickled.
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import json
 import pathlib
@@ -25,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nad_jax import errors, models, pipeline, settings, victims, whole_file
 from nad_jax import workdir as workdir_lib
@@ -39,6 +39,9 @@ from nad_jax.training import evaluation
 FORMAT = "nad_jax.zoo/1"
 # Another machine may round a few images to another class.
 MEASURE_TOLERANCE = 0.005
+# Of the published channels. Sizes that a stranger chose are multiplied before anything
+# compares them with the arrays: far above any model here, far below an overflow.
+_MAX_WIDENING = 1024
 
 _PACKAGE = pathlib.Path(__file__).parent
 # In a checkout zoo/ stands beside the package, in an installation inside it.
@@ -120,8 +123,8 @@ def load(name: str, zoo: pathlib.Path) -> Victim:
             f"{path} has the SHA-256 {str(stored.sha256)[:16]}..., its manifest says "
             f"{str(manifest['sha256'])[:16]}...; it is damaged or was exchanged"
         )
-    net, parts = _parts(stored, path)
-    return Victim(net, triggers.Trigger(**parts), manifest)
+    net, trigger = _contents(stored, path)
+    return Victim(net, trigger, manifest)
 
 
 def read_net(path: str) -> tuple[base.Net, str]:
@@ -132,7 +135,7 @@ def read_net(path: str) -> tuple[base.Net, str]:
     """
     checkpoint = reader.read_checkpoint(path)
     if "card" in checkpoint.metadata:
-        net = _parts(artifact.read_artifact(path), path)[0]
+        net, _ = _contents(artifact.from_checkpoint(checkpoint, path), path)
     else:
         converted = name_maps.convert(checkpoint.arrays, source=path)
         net = base.Net(converted.model, converted.variables)
@@ -266,31 +269,86 @@ def is_as_promised(manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> 
     )
 
 
-def _parts(stored: artifact.Artifact, path: Any) -> tuple[base.Net, dict[str, Any]]:
-    """Net and parts of the trigger in a file of the zoo."""
+def _contents(
+    stored: artifact.Artifact, path: str | pathlib.Path
+) -> tuple[base.Net, triggers.Trigger]:
+    """Net and trigger of a file of the zoo, which may come from a stranger.
+
+    Raises:
+      InputError: the card describes no model, or the arrays are not those of the model
+        that it describes and of a trigger.
+    """
+    label = bounded_file.shown(str(path), 200)
     try:
         card = stored.card["zoo"]
         chosen = _parse(card["recipe"])["model"]
-        num_classes = int(card["num_classes"])
-    except (KeyError, TypeError, ValueError) as problem:
-        raise errors.InputError(
-            f"{path} is no file of the zoo: {type(problem).__name__} {problem}"
-        ) from None
-    model = models.build(chosen.name, num_classes=num_classes, width=chosen.width)
+        model = _described(chosen, card["num_classes"])
+    except (KeyError, TypeError, ValueError, RecursionError) as problem:
+        reason = str(problem)
+        if not isinstance(problem, errors.InputError):
+            reason = f"{type(problem).__name__} {reason}"
+        reason = bounded_file.shown(reason, 300)
+        raise errors.InputError(f"{label} is no file of the zoo: {reason}") from None
     tree = dict(stored.variables)
-    parts = tree.pop("trigger", {})
-    height, width, channels = jnp.shape(parts.get("pattern", jnp.zeros((32, 32, 3))))[
-        -3:
-    ]
-    expected = common.init(model, jax.random.key(0), (height, width, channels))
-    if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected):
-        raise errors.InputError(f"{path} does not hold the arrays of a {chosen.name}")
-    return base.Net(model, jax.tree.map(jnp.asarray, tree)), parts
+    try:
+        trigger, image_shape = _trigger(tree.pop("trigger", None))
+        expected = common.expected_shapes(model, image_shape)
+    except errors.InputError as problem:
+        raise errors.InputError(f"{label}: {problem}") from None
+    if _kinds(tree) != _kinds(expected):
+        raise errors.InputError(
+            f"{label} does not hold the arrays of a {chosen.name} of width "
+            f"{chosen.width:g} for {model.num_classes} classes, float32"
+        )
+    return base.Net(model, jax.tree.map(jnp.asarray, tree)), trigger
+
+
+def _described(chosen: settings.ModelSettings, num_classes: object) -> Any:
+    """The model that a card describes, of sizes that can be multiplied."""
+    published = models.build(chosen.name, num_classes=1)
+    if max(chosen.width, getattr(published, "widen_factor", 1)) > _MAX_WIDENING:
+        raise errors.InputError(
+            f"{chosen.name} of width {chosen.width:g} is wider than anything read, "
+            f"factors up to {_MAX_WIDENING}"
+        )
+    if type(num_classes) is not int or not 1 <= num_classes <= sources.MAX_CLASSES:
+        raise errors.InputError(
+            f"num_classes must be 1 to {sources.MAX_CLASSES}, got {num_classes!r}"
+        )
+    return models.build(chosen.name, num_classes=num_classes, width=chosen.width)
+
+
+def _trigger(parts: Any) -> tuple[triggers.Trigger, tuple[int, int, int]]:
+    """A trigger from the arrays of a file, and the shape of images it is for."""
+    known = triggers.Trigger._fields
+    if not isinstance(parts, dict) or not {"pattern", "mask"} <= set(parts) <= set(
+        known
+    ):
+        raise errors.InputError(
+            f"a trigger must have the parts pattern and mask, may have "
+            f"{' and '.join(known[2:])}, and has no others"
+        )
+    for name, part in parts.items():
+        if isinstance(part, dict) or part.dtype != np.float32:
+            raise errors.InputError(f"trigger {name} must be a float32 array")
+    shape = parts["pattern"].shape
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise errors.InputError(
+            f"trigger pattern must be [H, W, C] or [R, H, W, C], got {list(shape)}"
+        )
+    height, width, channels = shape[-3:]
+    image_shape = (height, width, channels)
+    return triggers.check_trigger(triggers.Trigger(**parts), image_shape), image_shape
+
+
+def _kinds(tree: Any) -> Any:
+    """Shape and dtype of every array."""
+    return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree)
 
 
 def _parse(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of a recipe, as they stand in config.json, as settings."""
-    recipe = copy.deepcopy({key: dict(recipe[key]) for key in _RECIPE})
+    recipe = {key: dict(recipe[key]) for key in _RECIPE}
     trigger = recipe["attack"]["trigger"]
     recipe["attack"]["trigger"] = {"name": trigger["name"], **trigger["options"]}
     hints = {

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from nad_jax import (
 )
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
+from nad_jax.interop import artifact, bounded_file, reader
+from nad_jax.models import common
 from nad_jax.report import schema
 
 TRAINING = {"epochs": 1, "batch_size": 500, "learning_rate": 1e-3}
@@ -169,6 +172,111 @@ def test_a_victim_can_be_a_teacher(run, filled):
     images = jnp.full((1, 8, 8, 3), 0.5)
     expected = zoo.load("one", filled).net.logits(run[1].models["backdoored"], images)
     np.testing.assert_array_equal(net.logits(net.variables, images), expected)
+
+
+PARTS = {"pattern": (8, 8, 3), "mask": (8, 8, 1)}
+
+
+def write_card(path, *, trigger=None, zoo=None, model=RECIPE["model"], tree=None):
+    """A file as one of the zoo, of any content."""
+    zoo = zoo or {"recipe": {**RECIPE, "model": model}, "num_classes": 10}
+    if trigger is None:
+        trigger = {name: np.zeros(shape, np.float32) for name, shape in PARTS.items()}
+    tree = tree or {"params": {"fc": {"bias": np.zeros(10, np.float32)}}}
+    parts = artifact.Artifact(
+        {**tree, "trigger": trigger}, {}, {}, {}, {}, None, {"zoo": zoo}
+    )
+    artifact.write_artifact(path, parts)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_small_file_cannot_ask_for_the_weights_of_a_large_model(tmp_path):
+    path = write_card(tmp_path / "x", model={"name": "resnet_8", "width": 40.0})
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.InputError, match="arrays of a resnet_8 of width 40"):
+            zoo.read_net(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6  # Its weights would take 480 MB.
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "resnet_8", "width": 1e300}, "width 1e.300 is wider"),
+        ({"name": "wrn_16_99999999999999999999", "width": 1e-300}, "is wider"),
+        ({"name": "vit_tiny", "width": 0.0}, "width must be > 0"),
+        ({"name": ["resnet_8"]}, "must be str"),
+    ],
+)
+def test_sizes_of_a_card_are_bounded(tmp_path, model, message):
+    with pytest.raises(errors.InputError, match=message):
+        zoo.read_net(write_card(tmp_path / "x", model=model))
+
+
+@pytest.mark.parametrize("classes", [0, True, "10", 10**12, 1e300, None])
+def test_the_number_of_classes_of_a_card_is_bounded(tmp_path, classes):
+    card = {"recipe": RECIPE, "num_classes": classes}
+    with pytest.raises(errors.InputError, match="num_classes must be 1 to 65536"):
+        zoo.read_net(write_card(tmp_path / "x", zoo=card))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        (np.zeros(3, np.float32), "must have the parts pattern and mask"),
+        ({"pattern": np.zeros((8, 8, 3), np.float32)}, "must have the parts"),
+        ({**PARTS, "colour": (1,)}, "and has no others"),
+        ({**PARTS, "pattern": (8,)}, r"must be \[H, W, C\]"),
+        ({**PARTS, "pattern": (0, 8, 3)}, r"must be \[H, W, C\]"),
+        ({**PARTS, "mask": (8, 8, 3)}, "trigger mask must have shape"),
+        ({**PARTS, "pattern": np.zeros((8, 8, 3), np.int32)}, "must be a float32"),
+        ({**PARTS, "pattern": np.full((8, 8, 3), 2, np.float32)}, "values in"),
+    ],
+)
+def test_a_trigger_that_is_none_is_one_line(tmp_path, trigger, message):
+    if isinstance(trigger, dict):
+        trigger = {
+            name: np.zeros(part, np.float32) if isinstance(part, tuple) else part
+            for name, part in trigger.items()
+        }
+    with pytest.raises(errors.InputError, match=message) as refusal:
+        zoo.read_net(write_card(tmp_path / "x", trigger=trigger))
+    assert "\n" not in str(refusal.value) and str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_weights_of_another_dtype_are_refused(tmp_path):
+    model = models.build("resnet_8", num_classes=10, width=0.25)
+    tree = common.init(model, jax.random.key(0), (8, 8, 3))
+    read = zoo.read_net(write_card(tmp_path / "good", tree=tree))[0]
+    jax.tree.map(np.testing.assert_array_equal, read.variables, tree)
+    tree["params"]["fc"]["bias"] = np.zeros(10, np.float16)
+    with pytest.raises(errors.InputError, match="does not hold the arrays"):
+        zoo.read_net(write_card(tmp_path / "bad", tree=tree))
+
+
+@pytest.mark.slow
+def test_the_hash_is_of_the_bytes_that_were_read(tmp_path, monkeypatch):
+    """Somebody exchanges the file as soon as it has been read."""
+    model = models.build("resnet_8", num_classes=10, width=0.25)
+    trees = [common.init(model, jax.random.key(i), (8, 8, 3)) for i in range(2)]
+    path, other = (write_card(tmp_path / f"{i}", tree=trees[i]) for i in range(2))
+    real = reader.read_checkpoint
+
+    def read_and_exchange(path):
+        checkpoint = real(path)
+        (tmp_path / "0").write_bytes((tmp_path / "1").read_bytes())
+        return checkpoint
+
+    monkeypatch.setattr(reader, "read_checkpoint", read_and_exchange)
+    expected = bounded_file.sha256(path)
+    net, sha256 = zoo.read_net(path)
+    assert sha256 == expected != bounded_file.sha256(other)
+    jax.tree.map(np.testing.assert_array_equal, net.variables, trees[0])
 
 
 def test_without_a_zoo_one_line_says_where_it_is(monkeypatch, capsys, tmp_path):

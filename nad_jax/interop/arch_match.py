@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors, models
 from nad_jax.interop.bounded_file import Refusal, shown
+from nad_jax.models import common
 
 # Collection and names down to a leaf: ("params", "layer2_0", "conv1", "kernel").
 Path = tuple[str, ...]
@@ -425,13 +425,12 @@ def _traced(
     model: Any, image_shape: tuple[int, int, int]
 ) -> tuple[tuple[Path, tuple[int, ...]], ...]:
     """Path and shape of every leaf, without arithmetic; parameters come first."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    variables = common.expected_shapes(model, image_shape)
     return tuple(
         (tuple(entry.key for entry in entries), leaf.shape)
         for collection in ("params", "batch_stats")
         for entries, leaf in jax.tree_util.tree_flatten_with_path(
-            {collection: variables.get(collection, {})}
+            {collection: variables[collection]}
         )[0]
     )
 

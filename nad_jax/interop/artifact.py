@@ -123,7 +123,17 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     Raises:
       InputError: not such a file, or one whose parts do not fit together.
     """
-    checkpoint = reader.read_checkpoint(path)
+    return from_checkpoint(reader.read_checkpoint(path), path)
+
+
+def from_checkpoint(
+    checkpoint: reader.Checkpoint, path: str | os.PathLike[str]
+) -> Artifact:
+    """`read_artifact` of what has been read from `path` already.
+
+    Raises:
+      InputError: as `read_artifact`.
+    """
     try:
         return _artifact(checkpoint)
     except Refusal as refusal:

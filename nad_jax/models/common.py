@@ -154,6 +154,24 @@ def pool_and_classify(maps: jax.Array, num_classes: int) -> jax.Array:
     return dense(num_classes, dtype=jnp.float32, name="fc")(pooled)
 
 
+def expected_shapes(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, dict]:
+    """What `init` would fill, `jax.ShapeDtypeStruct`s, by tracing alone.
+
+    Allocates no array, however large the model says it is.
+
+    Args:
+      model: as for `init`.
+      image_shape: `(H, W, C)`.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return {
+        "batch_stats": {},
+        **jax.eval_shape(model.init, jax.random.key(0), images),
+    }
+
+
 def init(
     model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]
 ) -> dict[str, dict]:
@@ -183,8 +201,7 @@ def init(
     Raises:
       InputError: the model has a leaf whose name has no rule.
     """
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    shapes = {"batch_stats": {}, **jax.eval_shape(model.init, key, images)}
+    shapes = expected_shapes(model, image_shape)
     key_words = np.asarray(jax.random.key_data(key)).ravel().tolist()
 
     def fresh(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
