@@ -16,7 +16,9 @@ _BATCH = 32
 _SAMPLE = 2**14
 
 
-def measure(inputs: jax.Array, grid: grids.Grid, bits: int) -> quantization.QuantParams:
+def measure(
+    inputs: jax.Array, grid: grids.Grid, bits: int, *, num_images: int
+) -> quantization.QuantParams:
     """Scale and zero point for a layer's input.
 
     Extremes are taken over all values; the other methods see an even sample of each
@@ -24,11 +26,16 @@ def measure(inputs: jax.Array, grid: grids.Grid, bits: int) -> quantization.Quan
 
     Args:
       inputs: `[N, ...]`, the layer's inputs in the float network, in the order of the
-        calibration images.
+        calibration images. Behind a reshape that merges positions into the first axis,
+        N is a multiple of their number; where it is anything else, a row counts as an
+        image.
       grid: Says how ranges are measured and averaged.
       bits: Width of layer inputs, before any reduction by the grid.
+      num_images: How many calibration images there are.
     """
     spec = grid.act_spec(bits)
+    if inputs.shape[0] % num_images == 0:
+        inputs = inputs.reshape(num_images, -1)
     values = inputs.reshape(1, -1) if grid.act_ema is None else _by_batch(inputs)
     if spec.range_method not in ("absmax", "minmax"):
         # As many values of each batch, also where all are one.

@@ -253,7 +253,9 @@ def efrap(
 
     @moments_lib.Remembered
     def measure_and_quantize(float_inputs, inputs, width, spec):
-        params = activation_grids.measure(float_inputs, grid, width)
+        params = activation_grids.measure(
+            float_inputs, grid, width, num_images=images.shape[0]
+        )
         return params, quantization.fake_quant(inputs, params, spec)
 
     def quantize_layer(layer, float_inputs, inputs):
@@ -315,7 +317,9 @@ def efrap(
             images,
             {name: (act_params[name], act_specs[name]) for name in act_params},
             lambda value: (
-                activation_grids.measure(value, grid, width),
+                activation_grids.measure(
+                    value, grid, width, num_images=images.shape[0]
+                ),
                 grid.act_spec(width),
             ),
             apply_kwargs=apply_kwargs,
