@@ -88,7 +88,7 @@ def _digits(attack):
         flip_unit="weight",
         starts=("nearest",),
         max_sweeps=20,
-        stochastic_draws=5,
+        stochastic_draws=10,
         controls=_section(
             flip_share=config_dict.placeholder(float), noise=1.0, qvec=1.0, ocs=0.02
         ),

@@ -74,6 +74,9 @@ def table(groups: Sequence[schema.Aggregate], decimals: int) -> list[markup.Chil
 def _line(group: schema.Aggregate, decimals: int) -> markup.Markup:
     description = tables.row_description(group.rows[0])
     describe = description and group.model != "clean"
+    worst = tables.worst_draw(group.rows)
+    if worst is not None:
+        description += f", in the worst {tables.percent(worst, decimals)} ASR"
     cells = [
         markup.el(
             "th",

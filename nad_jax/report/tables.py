@@ -149,6 +149,12 @@ def row_description(row: schema.Row) -> str:
     return ""
 
 
+def worst_draw(rows: Iterable[schema.Row]) -> float | None:
+    """Highest ASR of any draw in rows that are means over draws; None if none is."""
+    draws = [asr for row in rows for asr in row.extra.get("asr_draws", ())]
+    return max((asr for asr in draws if asr is not None), default=None)
+
+
 def is_defence(name: str) -> bool:
     """Whether the row is one of the defences rather than a control."""
     return name in _DEFENCES

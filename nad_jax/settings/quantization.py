@@ -169,7 +169,7 @@ class QuantizationSettings(EfrapSettings):
     """
 
     roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
-    stochastic_draws: int = 5
+    stochastic_draws: int = 10
     controls: ControlSettings = dataclasses.field(default_factory=ControlSettings)
     adam: AdamSettings = dataclasses.field(default_factory=AdamSettings)
 

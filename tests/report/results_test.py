@@ -18,6 +18,18 @@ def test_a_share_that_is_itself_a_mean_is_not_turned_into_a_count():
     assert "of 450" in text and "1 of 450" not in text
 
 
+def test_a_mean_over_draws_tells_the_worst_draw_of_any_seed():
+    rows = [
+        sample.make_row("noise", 0.2, seed=i, extra={"asr_draws": draws})
+        for i, draws in enumerate(([0.1, 0.3], [0.0, 0.413]))
+    ]
+    text = sample.Reader(page.render(sample.make_report(rows=rows, layers=[]))).text
+    assert "mean over draws, in the worst 41.3\N{NARROW NO-BREAK SPACE}% ASR" in text
+    rows = [sample.make_row("noise", None, extra={"asr_draws": [None, None]})]
+    text = sample.Reader(page.render(sample.make_report(rows=rows, layers=[]))).text
+    assert "mean over draws" in text and "in the worst" not in text
+
+
 def test_several_seeds_show_deviation_and_single_points():
     """0.98, 0.99, 1.00: 99.0 plus or minus 1.0."""
     rows = [sample.make_row("efrap", 0.0, 0.98 + 0.01 * i, seed=i) for i in range(3)]
