@@ -63,7 +63,7 @@ def run(
     if config.repairs is not None:
         repairs.given_teacher(config.repairs, workdir)
     with workdir.timed("data"):
-        scene = set_scene(config)
+        scene = set_scene(config, workdir)
     rows: list[schema.Row] = []
     layers: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
@@ -98,9 +98,11 @@ def run(
     )
 
 
-def set_scene(config: settings.ExperimentSettings) -> Scene:
-    """Everything that does not depend on the seed."""
-    train, test = pipeline.load_data(config.data)
+def set_scene(
+    config: settings.ExperimentSettings, workdir: workdir_lib.Workdir | None = None
+) -> Scene:
+    """Everything that does not depend on the seed; `workdir` as in `load_data`."""
+    train, test = pipeline.load_data(config.data, workdir)
     attack = config.attack
     pipeline.check_target(attack.target_label, train)
     model = models.build(

@@ -212,10 +212,11 @@ def _run(config: Any, path: str, how: dict[str, Any], argv: Sequence[str]) -> in
         config = zoo.resolve(config)
     environment.enable_compile_cache()
     with _stop_requests() as stop:
+        stopped = agreement.AgreedFlag(lambda: stop.number)
         workdir = workdir_lib.Workdir(
             path,
             dataclasses.asdict(config),
-            should_stop=agreement.AgreedFlag(stop.is_set),
+            should_stop=stopped,
             origin=pipeline.origin(),
         )
         try:
@@ -226,15 +227,18 @@ def _run(config: Any, path: str, how: dict[str, Any], argv: Sequence[str]) -> in
             experiments = {"efrap": efrap_experiment, "nad": nad_experiment}
             experiments[config.job].run(config, workdir, command=command)
         except workdir_lib.Interrupted as interruption:
-            print(
-                f"nad_jax: interrupted: {interruption}; the same command with "
-                f"--workdir={path} goes on from there",
-                file=sys.stderr,
-            )
-            asked_by_scheduler = stop.number == signal.SIGTERM
+            if agreement.is_first():
+                print(
+                    f"nad_jax: interrupted: {interruption}; the same command with "
+                    f"--workdir={path} goes on from there",
+                    file=sys.stderr,
+                )
+            # The last commit is written.
+            agreement.meet()
+            asked_by_scheduler = stopped.number == signal.SIGTERM
             if asked_by_scheduler and config.job not in judges:
                 return 0
-            return 128 + (stop.number or signal.SIGINT)
+            return 128 + stopped.number
         finally:
             workdir.close()
     return 0

@@ -69,10 +69,8 @@ def run(
     canary = environment.check_canary()
     repairs.given_teacher(config.defense, workdir)
     with workdir.timed("data"):
-        scene = _set_scene(config)
-    inmate = None
-    if config.zoo is not None:
-        inmate = zoo.load(config.zoo, zoo.folder())
+        scene = _set_scene(config, workdir)
+    inmate = None if config.zoo is None else _from_zoo(config.zoo, workdir)
     rows: list[schema.Row] = []
     figures = None
     for seed in config.seeds:
@@ -140,8 +138,22 @@ def run(
     )
 
 
-def _set_scene(config: settings.NadExperimentSettings) -> _Scene:
-    train, test = pipeline.load_data(config.data)
+def _from_zoo(name: str, workdir: workdir_lib.Workdir) -> zoo.Victim:
+    """A victim of the zoo, its bytes pinned to the workdir."""
+
+    def load() -> tuple[zoo.Victim, str]:
+        victim = zoo.load(name, zoo.folder())
+        return victim, victim.manifest["sha256"]
+
+    victim, sha256 = agreement.read_in_all(load)
+    workdir.check_input("victim of the zoo", sha256)
+    return victim
+
+
+def _set_scene(
+    config: settings.NadExperimentSettings, workdir: workdir_lib.Workdir
+) -> _Scene:
+    train, test = pipeline.load_data(config.data, workdir)
     attack = config.attack
     pipeline.check_target(attack.target_label, train)
     model = models.build(

@@ -32,6 +32,7 @@ from nad_jax.training import (
     environment,
     loop,
     optimizers,
+    records,
     sharding,
     steps,
 )
@@ -39,18 +40,31 @@ from nad_jax.training import state as state_lib
 
 # ------------------------------------------------------------------------------- data
 
+# Split -> what it is called among the inputs of a workdir; images that stay in their
+# files have another hash than the same ones in memory, so it is another input.
+_SETS = {"train": "training set", "test": "test set"}
+_IN_FILES = " in files"
 
-def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dataset]:
+
+def load_data(
+    data: settings.DataSettings, workdir: workdir_lib.Workdir | None = None
+) -> tuple[sources.Dataset, sources.Dataset]:
     """Training and test images of a config.
 
     Every process reads them for itself, and all must have read the same; of images that
     stay in their files, files of the same names, sizes and labels must be there.
-    """
-    loaded: list[sources.Dataset] = []
 
-    def load() -> str:
-        digest = hashlib.sha256()
-        for split in ("train", "test"):
+    Args:
+      data: Section of the config.
+      workdir: Of the run, which goes on with the same images only; None = no run.
+
+    Raises:
+      InputError: they cannot be read, or are not those of earlier runs in `workdir`.
+    """
+
+    def load() -> tuple[list[sources.Dataset], dict[str, str]]:
+        loaded, digests = [], {}
+        for split, name in _SETS.items():
             dataset = sources.load(
                 data.name,
                 split=split,
@@ -59,18 +73,28 @@ def load_data(data: settings.DataSettings) -> tuple[sources.Dataset, sources.Dat
                 in_memory=split == "test" or data.loader == "device",
             )
             loaded.append(dataset)
-            if jax.process_count() > 1:
-                images = dataset.images
-                if isinstance(images, stored.Images):
-                    digest.update(images.reader.identity.encode())
-                else:
-                    digest.update(images.tobytes())
-                digest.update(dataset.labels.tobytes())
-        return digest.hexdigest()
+            if isinstance(dataset.images, stored.Images):
+                name += _IN_FILES
+            digests[name] = _data_digest(dataset)
+        return loaded, digests
 
-    agreement.in_all(load)
-    train, test = loaded
+    (train, test), digests = agreement.read_in_all(load)
+    if workdir is not None:
+        for name, digest in digests.items():
+            workdir.check_input(name, digest)
     return train, test
+
+
+def _data_digest(dataset: sources.Dataset) -> str:
+    """The same for the same images and labels, wherever they lie."""
+    images = dataset.images
+    digest = hashlib.sha256(f"{images.shape} {dataset.num_classes}".encode())
+    if isinstance(images, stored.Images):
+        digest.update(images.reader.identity.encode())
+    else:
+        digest.update(np.ascontiguousarray(images).reshape(-1))
+    digest.update(np.ascontiguousarray(dataset.labels))
+    return digest.hexdigest()
 
 
 def check_target(
@@ -186,13 +210,17 @@ def train(
 
 
 class EarlierRun:
-    """Stages of an earlier run, read only; stands in for its `Workdir`."""
+    """Stages of an earlier run, read only; stands in for its `Workdir`.
+
+    What is taken from it is pinned to the workdir of the run at work.
+    """
 
     def __init__(self, config: Any, workdir: workdir_lib.Workdir):
         """`config.victim_workdir` names it; its models must be those of `config`.
 
         Raises:
-          InputError: it is no run, or its models were made otherwise.
+          InputError: it is no run, or its models were made otherwise or of other data;
+            the data are compared if `load_data` has told both workdirs of theirs.
         """
         self._path = pathlib.Path(config.victim_workdir)
         self._workdir = workdir
@@ -217,14 +245,27 @@ class EarlierRun:
                 dataclasses.asdict(getattr(run, section)) for run in (earlier, config)
             )
             for mapping in (was, now):
-                # Data may have moved.
-                mapping.pop("data_dir", None)
+                # Data may have moved, and be read otherwise, with the same result.
+                for key in ("data_dir", "loader", "workers"):
+                    mapping.pop(key, None)
             if was != now:
                 section_name = f"config.{section}"
                 differences = workdir_lib.config_differences(was, now, section_name)
                 raise errors.InputError(
                     f"config.victim_workdir {self._path} has other models "
                     f"({'; '.join(differences)})"
+                )
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises InputError if both runs know what they have read, and it differs."""
+        was = workdir_lib.read_inputs(self._path)
+        now = workdir_lib.read_inputs(self._workdir.path)
+        for name in (n + suffix for n in _SETS.values() for suffix in ("", _IN_FILES)):
+            if name in was and now.get(name, was[name]) != was[name]:
+                change = workdir_lib.hash_change(was[name], now[name])
+                raise errors.InputError(
+                    f"config.victim_workdir {self._path} had another {name} ({change})"
                 )
 
     def stage(self, name: str, like: Any, compute: Callable[[], Any]) -> Any:
@@ -242,8 +283,18 @@ class EarlierRun:
 
         with self._workdir.timed(name):
             result, metadata = agreement.tree_from_first(restore, like)
+        self._workdir.check_input(f"{name} of victim_workdir", _tree_digest(result))
         self._workdir.note_origins(str(folder), metadata.get("made_by", [None]))
         return result
+
+
+def _tree_digest(tree: Any) -> str:
+    """The same for the same arrays under the same names."""
+    digest = hashlib.sha256()
+    for name, leaf in records.name_leaves(tree).items():
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
+        digest.update(records.to_bytes(leaf))
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------- report

@@ -13,7 +13,7 @@ import jax
 from nad_jax import settings, zoo
 from nad_jax import workdir as workdir_lib
 from nad_jax.defenses import base, fine_pruning, fine_tuning, mode_connectivity, nad
-from nad_jax.training import loop
+from nad_jax.training import agreement, loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,8 @@ def given_teacher(
     """
     if defense.teacher is None:
         return None
-    net, sha256 = zoo.read_net(defense.teacher)
+    path = defense.teacher
+    net, sha256 = agreement.read_in_all(lambda: zoo.read_net(path))
     workdir.check_input("teacher", sha256)
     return net
 
@@ -107,9 +108,12 @@ class Stages:
 
     def teacher(self) -> tuple[base.Net, float]:
         """The teacher of all rows that distil; a given one took no time."""
+        if "teacher" in self._done:
+            return self._done["teacher"]
         given = given_teacher(self._defense, self._workdir)
         if given is not None:
-            return given, 0.0
+            self._done["teacher"] = given, 0.0
+            return self._done["teacher"]
         tuning = settings.TuningSettings(
             self._defense.training, patience=self._defense.patience
         )

@@ -74,7 +74,7 @@ def run(
         )
     workdir.check_input("checkpoint", checkpoint.sha256)
     with workdir.timed("data"):
-        scene = _set_scene(config, converted.model, converted.variables)
+        scene = _set_scene(config, workdir, converted.model, converted.variables)
     workdir.say(
         f"{config.checkpoint}: {converted.arch}, {len(scene.layers)} layers, "
         f"{scene.train.num_classes} classes"
@@ -200,8 +200,13 @@ def exit_code(report: Mapping[str, Any]) -> int:
     return 0 if all(claim["passed"] for claim in report["claims"]) else 1
 
 
-def _set_scene(config: settings.VetSettings, model: Any, variables: Any) -> _Scene:
-    train, test = pipeline.load_data(config.data)
+def _set_scene(
+    config: settings.VetSettings,
+    workdir: workdir_lib.Workdir,
+    model: Any,
+    variables: Any,
+) -> _Scene:
+    train, test = pipeline.load_data(config.data, workdir)
     if model.num_classes != train.num_classes:
         raise errors.InputError(
             f"the checkpoint tells {model.num_classes} classes apart, {train.name} has "

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run's folder: config, metrics, checkpoints, report; and what the user sees.
 
-    config.json     the resolved configuration; a different one is refused
+    config.json     the resolved configuration; another one is refused as soon as
+                    something is kept that belongs to this one
+    inputs.json     hashes of what was read: data, files of models; others are refused
     metrics.jsonl   one line per epoch, layer and row, as they happen
     checkpoints/    finished stages; a repeated command does not repeat them. NAME is
                     a finished one, NAME.unfinished the commits of one at work
@@ -20,6 +22,7 @@ Of several processes the first alone reads, writes and speaks; the others learn 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -37,6 +40,10 @@ from nad_jax.training import agreement, receipts
 
 if TYPE_CHECKING:
     from nad_jax.training import commits as commits_lib
+
+
+# What tells that a run has ended; the last two have no checkpoints.
+RESULTS = ("report.json", "audit.json", "inspection.json")
 
 
 class Interrupted(Exception):
@@ -83,7 +90,18 @@ class Workdir:
         should_stop: Callable[[], bool] = lambda: False,
         origin: Mapping[str, Any] | None = None,
     ):
-        """`origin`: "git_commit", "versions" and number of "devices" of this run."""
+        """Opens the folder.
+
+        Args:
+          path: Made if missing; that of process 0 counts.
+          config: Settings of the run.
+          should_stop: Whether the user has asked to stop.
+          origin: "git_commit", "versions" and number of "devices" of this run.
+
+        Raises:
+          InputError: the folder cannot be written, is in use, or belongs to another
+            configuration; or processes differ in configuration or origin.
+        """
         self.path = pathlib.Path(path)
         self.seconds: dict[str, float] = {}
         self.should_stop = should_stop
@@ -94,6 +112,9 @@ class Workdir:
         self._has_recorded = False
         self._lock: Any = None
         config = schema.plain(config, "config")
+        agreement.in_all(
+            lambda: {"config": _short_hash(config), **(self._origin or {})}
+        )
         agreement.from_first(lambda: self._claim(config))
 
     def _claim(self, config: Any) -> None:
@@ -120,16 +141,30 @@ class Workdir:
             on_failure.pop_all()
 
     def _check_config(self, config: Any) -> None:
-        """Raises InputError if the folder belongs to another configuration."""
-        stored = self._stored("config.json")
-        if stored is None:
-            whole_file.write_json(self.path / "config.json", config)
-        elif stored != config:
-            changes = "; ".join(config_differences(stored, config))
-            raise errors.InputError(
-                f"workdir {self.path} belongs to another configuration ({changes}); "
-                "use another --workdir"
-            )
+        """Raises InputError if what is kept here is of another configuration."""
+        stored = _read_json(self.path / "config.json")
+        if stored == config:
+            return
+        if stored is not None:
+            if self._keeps_something():
+                changes = "; ".join(config_differences(stored, config))
+                raise errors.InputError(
+                    f"workdir {self.path} belongs to another configuration "
+                    f"({changes}); use another --workdir"
+                )
+            # Nor do its inputs bind this run.
+            (self.path / "inputs.json").unlink(missing_ok=True)
+        whole_file.write_json(self.path / "config.json", config)
+
+    def _keeps_something(self) -> bool:
+        """Whether a checkpoint or a result is here."""
+        from nad_jax.training import checkpoints
+
+        root = self.path / "checkpoints"
+        folders = [*root.glob("*"), *root.glob("*.unfinished/*")]
+        return any(map(checkpoints.steps, folders)) or any(
+            (self.path / name).exists() for name in RESULTS
+        )
 
     def check_input(self, name: str, sha256: str) -> None:
         """Raises InputError if earlier runs here read other bytes under this name.
@@ -139,35 +174,14 @@ class Workdir:
         agreement.from_first(lambda: self._check_input(name, sha256))
 
     def _check_input(self, name: str, sha256: str) -> None:
-        stored = self._stored("inputs.json") or {}
-        if not isinstance(stored, dict) or not all(
-            isinstance(known, str) for known in stored.values()
-        ):
-            raise self._damaged("inputs.json")
+        stored = read_inputs(self.path)
         if stored.get(name, sha256) != sha256:
             raise errors.InputError(
-                f"workdir {self.path} belongs to another {name} (sha256 was "
-                f"{stored[name][:12]}..., now {sha256[:12]}...); use another --workdir"
+                f"workdir {self.path} belongs to another {name} "
+                f"({hash_change(stored[name], sha256)}); use another --workdir"
             )
         if name not in stored:
             whole_file.write_json(self.path / "inputs.json", {**stored, name: sha256})
-
-    def _stored(self, name: str) -> Any:
-        try:
-            return json.loads((self.path / name).read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise errors.InputError(
-                f"cannot read {self.path / name}: {error.strerror or error}"
-            ) from None
-        except (ValueError, RecursionError):
-            raise self._damaged(name) from None
-
-    def _damaged(self, name: str) -> errors.InputError:
-        return errors.InputError(
-            f"{self.path / name} is damaged; remove it or use another --workdir"
-        )
 
     def close(self) -> None:
         if self._metrics is None:
@@ -351,6 +365,49 @@ class Workdir:
             },
             recall=recall,
         )
+
+
+def read_inputs(folder: pathlib.Path) -> dict[str, str]:
+    """Name -> sha256 of what runs in a folder have read; {} if they kept no record.
+
+    Raises:
+      InputError: the record cannot be read or is damaged.
+    """
+    path = folder / "inputs.json"
+    stored = _read_json(path)
+    if stored is None:
+        return {}
+    if not isinstance(stored, dict) or not all(
+        isinstance(known, str) for known in stored.values()
+    ):
+        raise _damaged(path)
+    return stored
+
+
+def hash_change(was: str, now: str) -> str:
+    """Two hashes, for a message."""
+    return f"sha256 was {was[:12]}..., now {now[:12]}..."
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise errors.InputError(
+            f"cannot read {path}: {error.strerror or error}"
+        ) from None
+    except (ValueError, RecursionError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: pathlib.Path) -> errors.InputError:
+    return errors.InputError(f"{path} is damaged; remove it or use another --workdir")
+
+
+def _short_hash(config: Any) -> str:
+    return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]
 
 
 def folder_name(name: str) -> str:

@@ -24,8 +24,14 @@ def test_lines_of_metrics_are_whole_and_in_order(tmp_path):
     run.close()
 
 
+def _keep(run, stage="work"):
+    run.stage(stage, np.zeros(1), lambda: np.ones(1))
+
+
 def test_another_configuration_is_refused_and_the_difference_named(tmp_path):
-    workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
+    run = workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)})
+    _keep(run)
+    run.close()
     workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
     with pytest.raises(errors.InputError) as caught:
         workdir.Workdir(tmp_path, {"a": {"b": 2, "new": 3}, "d": None})
@@ -35,6 +41,42 @@ def test_another_configuration_is_refused_and_the_difference_named(tmp_path):
     ) in str(caught.value)
     # A refusal leaves no lock behind, and everything as it was.
     workdir.Workdir(tmp_path, {"a": {"b": 1}, "c": (1, 2)}).close()
+
+
+def _commit(run):
+    def compute():
+        run.commits("part, seed 0").save(1, np.zeros(1), {})
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run.stage("work", np.zeros(1), compute)
+
+
+def test_a_folder_belongs_to_whom_it_keeps_something_of(tmp_path):
+    """A command that failed on a typo may be repeated without it."""
+    run = workdir.Workdir(tmp_path / "run", {"name": "typo"})
+    run.check_input("data", "a" * 64)
+    run.record("row", value=1)
+    run.close()
+    run = workdir.Workdir(tmp_path / "run", {"name": "right"})
+    config = tmp_path / "run" / "config.json"
+    assert json.loads(config.read_text("utf-8")) == {"name": "right"}
+    # What another configuration has read binds nobody.
+    run.check_input("data", "b" * 64)
+    run.close()
+
+
+@pytest.mark.parametrize("kept", ["stage", "commit", *workdir.RESULTS])
+def test_whatever_is_kept_belongs_to_its_configuration(tmp_path, kept):
+    run = workdir.Workdir(tmp_path, {"name": "one"})
+    if kept in workdir.RESULTS:
+        (tmp_path / kept).write_text("{}")
+    else:
+        {"stage": _keep, "commit": _commit}[kept](run)
+    run.close()
+    with pytest.raises(errors.InputError, match="config.name was 'one', now 'two'"):
+        workdir.Workdir(tmp_path, {"name": "two"})
+    workdir.Workdir(tmp_path, {"name": "one"}).close()
 
 
 def test_another_file_under_the_same_name_is_refused(tmp_path):

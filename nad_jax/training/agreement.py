@@ -7,6 +7,7 @@ them finds out alone must reach all:
 
 - `from_first`: files belong to process 0. What it finds there, an error included, it
   tells the others, so that no process takes another way.
+- `in_all`, `read_in_all`: files that each process reads for itself must be the same.
 - `AgreedFlag`: a signal reaches processes at different moments; they must stop at the
   same one.
 
@@ -29,6 +30,7 @@ _MESSAGE_BYTES = 1024
 _QUESTIONS = 10
 
 Json = TypeVar("Json")
+Value = TypeVar("Value")
 
 
 class AgreedError(errors.InputError):
@@ -120,26 +122,55 @@ def in_all(compute: Callable[[], Json]) -> Json:
     return value  # pyright: ignore[reportReturnType]
 
 
+def read_in_all(read: Callable[[], tuple[Value, Json]]) -> tuple[Value, Json]:
+    """As `in_all`, for what is too large to be compared.
+
+    Args:
+        read: called in every process; returns a value and the digest of what was read.
+    """
+    values: list[Value] = []
+
+    def digest() -> Json:
+        value, of_value = read()
+        values.append(value)
+        return of_value
+
+    agreed = in_all(digest)
+    return values[0], agreed
+
+
 class AgreedFlag:
     """A flag that any process may raise, and that all see at the same question.
 
     Every process must ask equally often. An agreement costs a round over the network
     and waits for what the devices have to do, so that only every tenth question is one;
     with a single process the flag is seen at once.
+
+    Attributes:
+        number: The largest that any process has raised, 0 until the flag is seen.
     """
 
-    def __init__(self, is_set: Callable[[], bool]):
-        self._is_set = is_set
+    def __init__(self, raised: Callable[[], int]):
+        """`raised`: number that this process has raised, such as a signal's, or 0."""
+        self._raised = raised
         self._asked = 0
-        self._agreed = False
+        self.number = 0
 
     def __call__(self) -> bool:
         if jax.process_count() == 1:
-            return self._is_set()
-        if self._asked % _QUESTIONS == 0 and not self._agreed:
-            self._agreed = any(gather(self._is_set()))
+            self.number = self._raised()
+        elif self._asked % _QUESTIONS == 0 and not self.number:
+            self.number = max(gather(self._raised()))
         self._asked += 1
-        return self._agreed
+        return self.number != 0
+
+
+def meet() -> None:
+    """Waits until every process is here.
+
+    Who ends while process 0 still writes may be taken for lost, and end it, too.
+    """
+    from_first(lambda: None)
 
 
 def _bytes_from_first(compute: Callable[[], bytes]) -> bytes:

@@ -304,7 +304,7 @@ def _meet() -> None:
     met = agreement.gather(jax.process_index())
     if float(total) != mesh.size or met != list(range(jax.process_count())):
         raise errors.InputError(f"processes {met} and {total} devices answer")
-    agreement.from_first(lambda: None)
+    agreement.meet()
 
 
 def is_joined() -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nad_jax import errors
+from nad_jax import errors, workdir
 from nad_jax.attacks import triggers
 from nad_jax.data import batches, stored
 from nad_jax.defenses import efrap
@@ -137,14 +137,18 @@ def _message(function, *arguments) -> str:
     return "nothing was raised"
 
 
-def agreements() -> dict[str, Any]:
-    """What the functions of `agreement` do in this process."""
+def agreements(folder: str) -> dict[str, Any]:
+    """What the functions of `agreement` do in this process, and who uses them.
+
+    Args:
+        folder: that nobody has made yet.
+    """
     me = jax.process_index()
     like = {"a": jnp.zeros((2, 3)), "key": jax.random.key(0), "n": np.zeros(0, np.int8)}
     tree = {"a": jnp.full((2, 3), -0.0), "key": jax.random.key(7), "n": like["n"]}
     got, extra = agreement.tree_from_first(lambda: (tree, {"step": 3}), like)
     # Raised in process 1 alone, after the fourth question.
-    flag = agreement.AgreedFlag(lambda: me == 1 and len(answers) > 3)
+    flag = agreement.AgreedFlag(lambda: 15 if me == 1 and len(answers) > 3 else 0)
     answers: list[bool] = []
     for _ in range(25):
         answers.append(flag())
@@ -165,7 +169,10 @@ def agreements() -> dict[str, Any]:
             agreement.in_all,
             _raising(errors.InputError("no data")) if me else lambda: 1,
         ),
-        "flag": answers.index(True),
+        "flag": [answers.index(True), flag.number],
+        "read": agreement.read_in_all(lambda: (me, "digest")),
+        "other config": _message(workdir.Workdir, folder, {"seed": me}),
+        "same config": _message(workdir.Workdir, folder, {"seed": 0}),
         "shared": sharding.mesh_for_batch(12).size,
         "uneven": None if uneven is None else uneven.size,
     }
@@ -173,7 +180,7 @@ def agreements() -> dict[str, Any]:
 
 def main(out: str) -> None:
     assert joining.join("auto", wait_seconds=60) == 2
-    agreed = agreements()
+    agreed = agreements(f"{out}.run")
     results = work(sharding.data_mesh())
     with open(f"{out}.{jax.process_index()}.json", "w", encoding="utf-8") as file:
         json.dump(agreed, file)

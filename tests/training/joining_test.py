@@ -276,7 +276,11 @@ def test_what_process_0_knows_all_know(two_processes):
         assert "process 1 does not have" in agreed["differs"]
         assert agreed["fails in one"] == "AgreedError: no data (process 1)"
         # Raised between two agreements in one process, seen by both at the next.
-        assert agreed["flag"] == 10
+        assert agreed["flag"] == [10, 15]
+        assert agreed["read"] == [process, "digest"]
+        # Before the folder is anybody's.
+        assert "process 1 does not have what process 0 has" in agreed["other config"]
+        assert agreed["same config"] == "nothing was raised"
         # 12 images go to 2 x 2 devices; 9 cannot be shared by 2 processes.
         assert (agreed["shared"], agreed["uneven"]) == (4, None)
 
