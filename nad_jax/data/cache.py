@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoded arrays kept on disk as `.npy` files, so that pictures are decoded once.
 
-Files live in `$NAD_JAX_CACHE/data`, by default `~/.cache/nad_jax/data`, and may be
-deleted at any time. An entry `NAME` is one `NAME.ARRAY.npy` per array and a manifest
+Files live in `data` below the folder of all caches (`root`) and may be deleted at any
+time. An entry `NAME` is one `NAME.ARRAY.npy` per array and a manifest
 `NAME.json` with the SHA-256 of each, written last. Every file appears by an atomic
 rename, so that a reader never sees half of one and two writers do no harm: they write
 the same. An entry that does not match its manifest is made anew.
@@ -19,11 +19,31 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from nad_jax import errors, whole_file
+from nad_jax.data import sources
 
 Arrays = Mapping[str, np.ndarray]
 
+VARIABLE = "NAD_JAX_CACHE"
+OFF = ("0", "off", "none", "")
+
 # Part of every fingerprint: raise it when the meaning of the arrays changes.
 _FORMAT = 1
+
+
+def root() -> pathlib.Path | None:
+    """Folder of all caches: that of the variable NAD_JAX_CACHE, or `~/.cache/nad_jax`.
+
+    None if the variable says "off" or "0", or nothing is known of a home folder.
+    """
+    path = os.environ.get(VARIABLE, "~/.cache/nad_jax")
+    if path.lower() in OFF:
+        return None
+    try:
+        return sources.user_path(path).absolute()
+    except errors.InputError as error:
+        # A cache saves seconds; its lack must not stop a run.
+        logging.getLogger(__name__).warning("no caches: %s", error)
+        return None
 
 
 def fingerprint(directory: pathlib.Path, *settings: object) -> str:
@@ -41,7 +61,10 @@ def fingerprint(directory: pathlib.Path, *settings: object) -> str:
 
 def fetch(entry: str, build: Callable[[], Arrays]) -> Arrays:
     """The arrays of `entry` from the cache, or from `build()`, which is then kept."""
-    manifest = _root() / f"{entry}.json"
+    folder = root()
+    if folder is None:
+        return build()
+    manifest = folder / "data" / f"{entry}.json"
     arrays = _read(manifest)
     if arrays is None:
         arrays = build()
@@ -51,11 +74,6 @@ def fetch(entry: str, build: Callable[[], Arrays]) -> Arrays:
         except (OSError, errors.InputError) as error:
             logging.getLogger(__name__).warning("cannot cache %s: %s", entry, error)
     return arrays
-
-
-def _root() -> pathlib.Path:
-    root = os.environ.get("NAD_JAX_CACHE") or "~/.cache/nad_jax"
-    return pathlib.Path(root).expanduser() / "data"
 
 
 def _array_path(manifest: pathlib.Path, name: str) -> pathlib.Path:

@@ -44,6 +44,7 @@ def load(
     rows = sources.seeded_split(
         labels, split, test_counts=np.full(_NUM_CLASSES, _TEST_IMAGES_PER_CLASS)
     )
+    sources.check_bytes((len(rows), size, size, 3), 1, f"{name} of image_size {size}")
     small = table[rows, :-1].reshape(-1, _SIDE, _SIDE, 1).astype(np.uint16)
     grey = ((small * 255 + _MAX_VALUE // 2) // _MAX_VALUE).astype(np.uint8)
     repeats = size // _SIDE

@@ -96,7 +96,7 @@ def _find(
     """The folder, and the pictures of one split."""
     if data_dir is None:
         raise errors.InputError(f"{name}: give data_dir, the folder of class folders")
-    root = pathlib.Path(data_dir).expanduser()
+    root = sources.user_path(data_dir)
     given = [(root / known).is_dir() for known in sources.SPLITS]
     if all(given):
         listings = {known: _list_pictures(root / known) for known in sources.SPLITS}

@@ -10,26 +10,36 @@ number of classes is the largest label of the whole file plus one.
 """
 
 import contextlib
+import io
 import math
 import os
 import pathlib
 import struct
 import zipfile
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from nad_jax import errors
 from nad_jax.data import pictures, sources, stored
 
-# One wild label would otherwise ask for a last layer of any size.
-_MAX_CLASSES = 2**16
-
 # What stands before the data of a zip entry: 26 bytes, then the lengths of the name and
 # of the extra field, which follow.
 _ENTRY_HEADER = struct.Struct("<26xHH")
 _CHECK_BYTES = 2**20
+
+# Header of an array, a line of text; NumPy reads what is declared before it looks.
+_MAX_HEADER_BYTES = 2**16
+# Version of the .npy format -> how it writes the length of the header, who reads it.
+_HEADERS: dict[tuple[int, int], tuple[struct.Struct, Callable[..., Any]]] = {
+    (1, 0): (struct.Struct("<H"), np.lib.format.read_array_header_1_0),
+    (2, 0): (struct.Struct("<I"), np.lib.format.read_array_header_2_0),
+}
+
+# A compressed array may unpack to so many times its bytes, or to so many in any case:
+# deflate makes a thousand times as much of zeros, pictures a tenth of that at best.
+_MAX_EXPANSION, _FREE_BYTES = 128, 2**28
 
 
 def load(
@@ -54,8 +64,10 @@ def load(
         part = _find_split(archive, split)
         _check_images(part, images.dtype, images.shape)
         class_names = _read_class_names(archive)
+    if len(part.rows) < len(images):  # Otherwise they are all there, in order.
+        images = images[part.rows]
     return sources.Dataset(
-        images=pictures.resize(images[part.rows], image_size),
+        images=pictures.resize(images, image_size),
         labels=part.labels[part.rows],
         num_classes=len(class_names) or part.num_classes,
         name=path.stem,
@@ -111,7 +123,7 @@ class _Split(NamedTuple):
 def _path(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     if data_dir is None:
         raise errors.InputError(f"{name}: give data_dir, the path of the .npz file")
-    return pathlib.Path(data_dir).expanduser()
+    return sources.user_path(data_dir)
 
 
 def _images_name(archive: zipfile.ZipFile, split: str) -> str:
@@ -233,9 +245,10 @@ def _read_labels(archive: zipfile.ZipFile, name: str) -> np.ndarray:
             f"{name} must be integers [N], not {labels.dtype} {list(labels.shape)}"
         )
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= _MAX_CLASSES:
+    # One wild label would otherwise ask for a last layer of any size.
+    if low < 0 or high >= sources.MAX_CLASSES:
         raise errors.InputError(
-            f"{name} are {low}..{high}, accepted 0..{_MAX_CLASSES - 1}"
+            f"{name} are {low}..{high}, accepted 0..{sources.MAX_CLASSES - 1}"
         )
     return labels.astype(np.int32)
 
@@ -248,6 +261,7 @@ def _read_class_names(archive: zipfile.ZipFile) -> tuple[str, ...]:
         raise errors.InputError(
             f"class_names must be strings [K], not {names.dtype} {list(names.shape)}"
         )
+    sources.check_classes(len(names))
     return tuple(names.tolist())
 
 
@@ -276,15 +290,22 @@ def _read_header(
 ) -> _Header:
     """The header, which must agree with the size of the entry and with `limit`."""
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        header = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        header = np.lib.format.read_array_header_2_0(stream)
-    else:
+    if version not in _HEADERS:
         raise errors.InputError(f"{name}: unknown .npy version {version}")
-    shape, is_fortran, dtype = header
+    length, read = _HEADERS[version]
+    start = stream.read(length.size)
+    (num_bytes,) = length.unpack(start)
+    if num_bytes > _MAX_HEADER_BYTES:
+        raise errors.InputError(
+            f"{name}: a header of {num_bytes:,} bytes, accepted up to "
+            f"{_MAX_HEADER_BYTES:,}"
+        )
+    header = io.BytesIO(start + stream.read(num_bytes))
+    shape, is_fortran, dtype = read(header)
     if dtype.kind not in "uifbU":
         raise errors.InputError(f"{name} has dtype {dtype}, accepted are numbers")
+    if min(shape, default=0) < 0:
+        raise errors.InputError(f"{name} has the shape {list(shape)}")
     num_bytes = sources.check_bytes(shape, dtype.itemsize, name, limit=limit)
     held = entry.file_size - stream.tell()
     if num_bytes != held:
@@ -299,7 +320,11 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array; its header must agree with the file before memory is claimed."""
     entry = _find_entry(archive, name)
     with archive.open(entry) as stream:
-        header = _read_header(stream, entry, name, limit=sources.MAX_BYTES)
+        assert archive.filename is not None  # It was opened by its path.
+        packed = min(entry.compress_size, os.path.getsize(archive.filename))
+        limit = max(_MAX_EXPANSION * packed, _FREE_BYTES)
+        limit = min(limit, sources.MAX_BYTES)
+        header = _read_header(stream, entry, name, limit=limit)
         num_bytes = math.prod(header.shape) * header.dtype.itemsize
         data = stream.read(num_bytes)
     if len(data) != num_bytes:

@@ -74,19 +74,23 @@ def encode_png(image: np.ndarray) -> io.BytesIO:
 
 
 def resize(images: np.ndarray, image_size: int | None) -> np.ndarray:
-    """uint8 `[N, H, W, C]` resized as in `decode`; untouched where it already fits."""
+    """uint8 `[N, H, W, C]` resized as in `decode`; untouched where it already fits.
+
+    Raises:
+      InputError: the result would be larger than a data set may be.
+    """
     if image_size is None or images.shape[1:3] == (image_size, image_size):
         return images
     from PIL import Image
 
+    shape = (len(images), image_size, image_size, images.shape[-1])
+    sources.check_bytes(shape, 1, f"images of image_size {image_size}")
+    resized = np.empty(shape, np.uint8)
     # One channel at a time, so that any number of channels will do.
-    planes = [
-        np.stack(
-            [_to_array(Image.fromarray(plane), image_size)[..., 0] for plane in channel]
-        )
-        for channel in np.moveaxis(images, -1, 0)
-    ]
-    return np.stack(planes, axis=-1)
+    for row, channel in np.ndindex(shape[0], shape[-1]):
+        plane = Image.fromarray(images[row, ..., channel])
+        resized[row, ..., channel] = _to_array(plane, image_size)[..., 0]
+    return resized
 
 
 def _to_array(picture: "Image.Image", image_size: int | None) -> np.ndarray:

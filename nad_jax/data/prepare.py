@@ -175,9 +175,9 @@ def main(argv: Sequence[str]) -> int:
             print(_help())
             return 0
         splits = read_source(
-            pathlib.Path(options.source).expanduser(), image_size=options.image_size
+            sources.user_path(options.source), image_size=options.image_size
         )
-        out = pathlib.Path(options.out).expanduser()
+        out = sources.user_path(options.out)
         folder = write(splits, out=out, name=options.name)
     except (errors.InputError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ Conventions shared by all sources:
 import dataclasses
 import importlib
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,9 @@ SPLITS = ("train", "test")
 # A data set lives in memory as a whole; more than this is taken for a damaged file.
 MAX_BYTES = 8 * 2**30
 
+# Each has a name and an output of the last layer; more is taken for a damaged file.
+MAX_CLASSES = 2**16
+
 # Never change: the rows of every seeded split follow from it.
 _SPLIT_SEED = 0
 
@@ -44,7 +48,7 @@ class Dataset:
     Attributes:
       images: uint8 `[N, H, W, C]`, N > 0, read-only; an array or `stored.Images`.
       labels: int32 `[N]` in `[0, num_classes)`, read-only.
-      num_classes: number of classes, at least 1.
+      num_classes: number of classes, 1 to `MAX_CLASSES`.
       name: what the data set is called in reports.
       class_names: one name per class; "0", "1", ... when left empty.
     """
@@ -69,6 +73,10 @@ class Dataset:
         if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
             refuse(f"labels must be int32 [{len(images)}], not {_describe(labels)}")
         low, high = int(labels.min()), int(labels.max())
+        try:
+            check_classes(self.num_classes)
+        except errors.InputError as error:
+            refuse(str(error))
         if low < 0 or high >= self.num_classes:
             refuse(f"labels are {low}..{high}, accepted 0..{self.num_classes - 1}")
         names = tuple(self.class_names) or tuple(map(str, range(self.num_classes)))
@@ -166,7 +174,11 @@ def load(
             f"{name!r} has no files of which images could be read one by one; use "
             "config.data.loader=device"
         )
-    return source(name, split=split, data_dir=data_dir, image_size=image_size)
+    try:
+        return source(name, split=split, data_dir=data_dir, image_size=image_size)
+    except OSError as error:
+        reason = error.strerror or error
+        raise errors.InputError(f"{data_dir or name}: {reason}") from error
 
 
 def seeded_split(
@@ -203,6 +215,26 @@ def check_bytes(
             f"accepted up to {limit:,}"
         )
     return num_bytes
+
+
+def check_classes(num_classes: int) -> None:
+    """Raises InputError for more classes than are accepted, before names are made."""
+    if num_classes > MAX_CLASSES:
+        raise errors.InputError(
+            f"{num_classes:,} classes, accepted up to {MAX_CLASSES:,}"
+        )
+
+
+def user_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A path as somebody has typed it, with `~` resolved; it need not exist.
+
+    Raises:
+      InputError: a home folder that is not known.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise errors.InputError(f"{os.fspath(path)}: {error}") from error
 
 
 def first_line(error: Exception) -> str:

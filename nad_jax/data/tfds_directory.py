@@ -27,6 +27,10 @@ _NAME = re.compile(r"(\w+(?:/[\w.-]*\w)?)(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _CHANNELS = (1, 3, 4)
 _CHUNK = 1024
+# Of a json file or of class names; parsed JSON is up to 24 times its text.
+_MAX_TEXT_BYTES = 2**22
+# Of an encoded picture and what is beside it: more than `pictures.MAX_PIXELS` need.
+_MAX_RECORD_BYTES = 2**29
 
 
 def load(
@@ -119,7 +123,7 @@ def _dataset(
 def _find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     """The folder of the newest, or the asked for, version of a data set."""
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = pathlib.Path(root).expanduser()
+    root = sources.user_path(root)
     match = _NAME.fullmatch(name)
     if match:
         folder, version = root / match[1], match[2]
@@ -160,10 +164,14 @@ def _read_features(directory: pathlib.Path) -> _Features:
         image = features["image"]["image"]
         channels = int(image["shape"]["dimensions"][-1])
         dtype = image["dtype"]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise errors.InputError(
             f"{directory}: needs the features image (a picture) and label (a class)"
         ) from error
+    try:
+        sources.check_classes(num_classes)
+    except errors.InputError as error:
+        raise errors.InputError(f"{directory}: {error}") from None
     if dtype != "uint8" or channels not in _CHANNELS:
         raise errors.InputError(
             f"{directory}: images are {dtype} with {channels} channels, "
@@ -190,7 +198,7 @@ def _read_split_sizes(directory: pathlib.Path) -> dict[str, int]:
             split["name"]: sum(map(int, split["shardLengths"]))
             for split in info["splits"]
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise errors.InputError(
             f"{directory}: dataset_info.json does not list its splits"
         ) from error
@@ -201,16 +209,24 @@ def _read_class_names(directory: pathlib.Path, num_classes: int) -> tuple[str, .
     if not path.exists():
         return ()
     try:
-        return tuple(path.read_text(encoding="utf-8").split("\n")[:num_classes])
+        return tuple(_read_text(path).split("\n")[:num_classes])
     except (OSError, ValueError) as error:
         raise errors.InputError(f"{path}: {sources.first_line(error)}") from error
 
 
 def _read_json(path: pathlib.Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise errors.InputError(f"{path}: {error}") from error
+
+
+def _read_text(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        text = file.read(_MAX_TEXT_BYTES + 1)
+    if len(text) > _MAX_TEXT_BYTES:
+        raise ValueError(f"accepted up to {_MAX_TEXT_BYTES:,} bytes")
+    return text.decode("utf-8")
 
 
 def _decode_split(part: _Split, image_size: int | None) -> cache.Arrays:
@@ -288,6 +304,8 @@ def _read_split(part: _Split, *, with_pictures: bool) -> list[dict[str, Any]]:
             if not with_pictures:
                 example = {**example, "image": None}
             examples.append({"place": place, **example})
+            if len(examples) > part.num_examples:
+                break
     except errors.InputError:
         raise
     except Exception as error:  # TFDS and its readers raise all sorts on damaged files.
@@ -386,12 +404,18 @@ def _decoders() -> dict[str, Any]:
 
 def _read_tfrecords(path: pathlib.Path) -> Iterator[bytes]:
     """Records of a TFRecord file: length (8 bytes), check (4), data, check (4)."""
-    data = memoryview(path.read_bytes())
-    start = 0
-    while start < len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
-        stop = start + 12 + length + 4
-        if stop > len(data):
-            raise ValueError(f"{path.name} is cut off")
-        yield bytes(data[start + 12 : stop - 4])
-        start = stop
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        sources.check_bytes((left,), 1, path.name)
+        while left:
+            (length,) = struct.unpack("<Q4x", file.read(12))
+            left -= 12 + length + 4
+            if left < 0:
+                raise ValueError(f"{path.name} is cut off")
+            if length > _MAX_RECORD_BYTES:
+                raise ValueError(
+                    f"a record of {length:,} bytes, accepted up to "
+                    f"{_MAX_RECORD_BYTES:,}"
+                )
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)

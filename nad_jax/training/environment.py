@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors
+from nad_jax.data import cache
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,9 +32,6 @@ _MAX_CPU_DEVICES = 8
 # Parameters of mallopt(3): M_MMAP_MAX, no array in a mapping of its own; and
 # M_TRIM_THRESHOLD, memory freed at the end of the heap is kept.
 _KEEP_MEMORY = {-4: 0, -1: 2**31 - 1}
-
-CACHE_VARIABLE = "NAD_JAX_CACHE"
-_CACHE_OFF = ("0", "off", "none", "")
 
 _PACKAGES = ("nad_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -132,18 +130,18 @@ def enable_compile_cache(path: str | os.PathLike[str] | None = None) -> str | No
     """Keeps compiled programs on disk from now on, and returns where.
 
     Args:
-        path: directory; None means that of the variable NAD_JAX_CACHE, or
-            `~/.cache/nad_jax/xla/<host name>`: programs for one machine may not run on
-            another that shares the home directory. "off" or "0", here or in the
-            variable, disables the cache.
+        path: directory; None means `xla/<host name>` below the folder of all caches
+            (`nad_jax.data.cache.root`): programs for one machine may not run on
+            another that shares that folder. "off" or "0", here or in the variable
+            NAD_JAX_CACHE, disables the cache.
 
     Returns:
         The directory, or None if the cache is off or the directory cannot be written.
     """
     if path is None:
-        default = pathlib.Path.home() / ".cache" / "nad_jax" / "xla" / platform.node()
-        path = os.environ.get(CACHE_VARIABLE, default)
-    if str(path).lower() in _CACHE_OFF:
+        root = cache.root()
+        path = "off" if root is None else root / "xla" / platform.node()
+    if str(path).lower() in cache.OFF:
         jax.config.update("jax_compilation_cache_dir", None)
         return None
     directory = pathlib.Path(path).expanduser().absolute()

@@ -240,6 +240,8 @@ def test_a_tar_cut_off_or_damaged_anywhere_is_one_line(tmp_path):
         (["--image_size=big"], "big"),
         (["extra"], "'extra'"),
         (["--source=nothing", "--out=y", "--name=z"], "nothing does not exist"),
+        (["--source=~nobody-here/x", "--out=y", "--name=z"], "~nobody-here/x"),
+        (["--source={here}/x.npz", "--out=~nobody-here", "--name=z"], "~nobody-here"),
         (["--source={here}/x.txt", "--out=y", "--name=z"], "must be a .tar"),
         (["--source={here}/x.npz", "--out={here}", "--name=../z"], "'../z'"),
         (["--source={here}/x.npz", "--out={here}", "--name=Z"], "'Z'"),

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 import zlib
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 
 from nad_jax import errors
-from nad_jax.data import cache, pictures, prepare, sources, tfds_directory
+from nad_jax.data import cache, npz, pictures, prepare, sources, tfds_directory
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,7 @@ def test_take_picks_rows_in_the_given_order():
         ({"labels": np.array([0, 1, 2, 3, 0, 1], np.int32)}, "0..3, accepted 0..2"),
         ({"labels": np.array([0, -1, 2, 0, 0, 1], np.int32)}, "-1..2, accepted 0..2"),
         ({"class_names": ("a", "b")}, "2 class names for 3 classes"),
+        ({"num_classes": 10**12}, "1,000,000,000,000 classes, accepted up to 65,536"),
     ],
 )
 def test_dataset_refuses_what_does_not_fit(change, printed):
@@ -115,6 +117,17 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
 def test_an_unknown_split_is_refused(split):
     with pytest.raises(errors.InputError, match="train"):
         sources.load("digits", split=split)
+
+
+@pytest.mark.parametrize("name", ["npz", "folder", "cifar10"])
+@pytest.mark.parametrize(
+    ("data_dir", "printed"),
+    [("~nobody-of-that-name/x", "home"), ("a" * 300, "too long|no data set")],
+)
+def test_a_path_that_cannot_be_is_one_line(name, data_dir, printed):
+    with pytest.raises(errors.InputError, match=printed) as error:
+        sources.load(name, split="train", data_dir=data_dir)
+    assert data_dir in one_line(error)
 
 
 def test_a_source_is_one_line_in_the_registry(monkeypatch):
@@ -180,6 +193,17 @@ def test_digits_size():
     np.testing.assert_array_equal(small.images, large.images[:, ::4, ::4])
     with pytest.raises(errors.InputError, match="multiple of 8, not 20"):
         sources.load("digits", split="test", image_size=20)
+
+
+@pytest.mark.parametrize("name", ["digits", "npz"])
+def test_images_are_not_grown_beyond_what_is_accepted(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sources.check_bytes.__kwdefaults__, "limit", 10**6)
+    np.savez(tmp_path / "x.npz", **npz_arrays())
+    load = functools.partial(sources.load, name, split="train")
+    path = tmp_path / "x.npz"
+    assert load(data_dir=path, image_size=8).images.shape[1:] == (8, 8, 3)
+    with pytest.raises(errors.InputError, match="image_size 256.*bytes, accepted"):
+        load(data_dir=path, image_size=256)
 
 
 @pytest.mark.slow
@@ -400,6 +424,49 @@ def test_npz_header_that_lies_about_its_size_claims_no_memory(tmp_path):
             sources.load("npz", split="train", data_dir=tmp_path / "x.npz")
 
 
+@pytest.mark.parametrize(("version", "length"), [(1, "<H"), (2, "<I")])
+def test_npz_header_is_not_read_before_its_length_is_known(tmp_path, version, length):
+    """A header of blanks: nothing in a compressed file, a lot in memory."""
+    declared = 2**16 - 1 if version == 1 else 2**23
+    start = b"\x93NUMPY" + bytes([version, 0]) + struct.pack(length, declared)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", start + b" " * declared)
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.InputError, match="header|Header") as error:
+            sources.load("npz", split="train", data_dir=tmp_path / "x.npz")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    one_line(error)
+    assert peak < 4e6
+
+
+def test_npz_that_unpacks_to_far_more_than_pictures_do_is_refused(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(npz, "_FREE_BYTES", 10**6)
+    load = functools.partial(
+        sources.load, "npz", split="train", data_dir=tmp_path / "x.npz"
+    )
+    for size, accepted in ((100, True), (1000, False)):
+        images = np.zeros((10, size, size, 3), np.uint8)
+        np.savez_compressed(tmp_path / "x.npz", images=images, labels=np.arange(10))
+        if accepted:
+            # A fifth of one image each is none, so all are for training.
+            assert load().images.shape == images.shape
+            continue
+        with pytest.raises(errors.InputError, match="30,000,000 bytes, accepted up to"):
+            load()
+
+
+def test_npz_of_too_many_class_names_is_refused(tmp_path):
+    names = np.full(2**16 + 1, "x")
+    np.savez_compressed(tmp_path / "x.npz", **npz_arrays(), class_names=names)
+    with pytest.raises(errors.InputError, match="65,537 classes"):
+        sources.load("npz", split="train", data_dir=tmp_path / "x.npz")
+
+
 def test_npz_with_any_byte_damaged_is_read_or_refused_in_one_line(tmp_path):
     """Flipping a bit never leads to another exception, or to wrong images."""
     np.savez(
@@ -479,6 +546,18 @@ def test_a_cached_split_is_not_decoded_again(prepared, monkeypatch):
     np.testing.assert_array_equal(data.images, splits["test"].images)
 
 
+@pytest.mark.parametrize("off", ["off", "0", ""])
+def test_without_caches_nothing_is_written(prepared, monkeypatch, tmp_path, off):
+    data_dir, splits = prepared
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("NAD_JAX_CACHE", off)
+    data = sources.load("tiny", split="train", data_dir=data_dir)
+    np.testing.assert_array_equal(data.images, splits["train"].images)
+    assert not list((tmp_path / "here").iterdir())
+    assert not (tmp_path / ".cache").exists()  # HOME is tmp_path.
+
+
 def test_split_size_and_a_touched_file_make_other_cache_entries(prepared, monkeypatch):
     data_dir, _ = prepared
     decoded = []
@@ -554,6 +633,48 @@ def test_tfrecord_directories_are_read_too(prepared, tmp_path):
     np.testing.assert_array_equal(data.images, splits["train"].images)
 
 
+def test_tfrecords_of_absurd_length_are_refused(tmp_path):
+    """A file with a hole takes no room on the disk."""
+    path = tmp_path / "x.tfrecord"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q4x", 2**32))
+        file.truncate(2**32 + 16)
+    with pytest.raises(ValueError, match="record of 4,294,967,296 bytes"):
+        next(tfds_directory._read_tfrecords(path))
+    with path.open("r+b") as file:
+        file.truncate(2**34)
+    with pytest.raises(errors.InputError, match="17,179,869,184 bytes, accepted"):
+        next(tfds_directory._read_tfrecords(path))
+
+
+def test_more_records_than_promised_are_not_all_read(prepared, monkeypatch):
+    data_dir, _ = prepared
+    read = []
+
+    def forever(part, with_pictures):
+        del part, with_pictures
+        while True:
+            read.append(1)
+            yield {"image": PICTURE, "label": 0, "id": b"x"}
+
+    monkeypatch.setattr(tfds_directory, "_read_examples", forever)
+    with pytest.raises(errors.InputError, match="11 whole examples of 10"):
+        sources.load("tiny", split="test", data_dir=data_dir)
+    assert len(read) == 11
+
+
+@pytest.mark.parametrize(
+    "name", ["features.json", "dataset_info.json", "label.labels.txt"]
+)
+def test_texts_beside_the_records_are_bounded(prepared, name):
+    data_dir, _ = prepared
+    with (data_dir / "tiny/1.0.0" / name).open("ab") as file:
+        file.write(b" " * 2**22)
+    with pytest.raises(errors.InputError, match=f"{name}: accepted up to") as error:
+        sources.load("tiny", split="test", data_dir=data_dir)
+    one_line(error)
+
+
 def test_a_damaged_record_file_is_one_line(prepared):
     data_dir, _ = prepared
     (record,) = (data_dir / "tiny/1.0.0").glob("*test*")
@@ -571,6 +692,8 @@ def test_a_damaged_record_file_is_one_line(prepared):
         ("tensorflow_datasets.core.features.text_feature.Text", "os.Evil", "'os.Evil'"),
         ('"label"', '"other"', "label"),
         ('"dtype": "uint8"', '"dtype": "uint16"', "uint16"),
+        ('"numClasses": "3"', '"numClasses": "5000000"', "5,000,000 classes, acc"),
+        ('"numClasses": "3"', '"numClasses": Infinity', "label"),
         ("{", "", "features.json"),
     ],
 )

@@ -3,6 +3,8 @@
 
 import json
 import os
+import pathlib
+import platform
 import subprocess
 import sys
 
@@ -61,8 +63,9 @@ def test_the_cache_goes_where_it_is_told(tmp_path, monkeypatch, restored_config)
     told, variable = tmp_path / "told", tmp_path / "variable"
     monkeypatch.setenv("NAD_JAX_CACHE", str(variable))
     assert environment.enable_compile_cache(told) == str(told)
-    assert environment.enable_compile_cache() == str(variable)
-    assert jax.config.jax_compilation_cache_dir == str(variable)
+    own = str(variable / "xla" / platform.node())
+    assert environment.enable_compile_cache() == own
+    assert jax.config.jax_compilation_cache_dir == own
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
     monkeypatch.delenv("NAD_JAX_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -83,6 +86,23 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     assert environment.enable_compile_cache(tmp_path / "file" / "cache") is None
     assert "no compile cache" in caplog.text
+
+
+def test_who_says_where_caches_are_needs_no_home(
+    tmp_path, monkeypatch, restored_config, caplog
+):
+    def nowhere(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(pathlib.Path, "expanduser", nowhere)
+    monkeypatch.setattr(pathlib.Path, "home", lambda: nowhere("~"))
+    monkeypatch.setenv("NAD_JAX_CACHE", str(tmp_path))
+    assert str(environment.enable_compile_cache()).startswith(str(tmp_path))
+    monkeypatch.delenv("NAD_JAX_CACHE")
+    assert environment.enable_compile_cache() is None
+    assert "no caches: ~/.cache/nad_jax: Could not" in caplog.text
 
 
 @pytest.mark.slow
