@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def attack_table(
 
     Raises:
       InputError: a report of another job than the first; two of one experiment that
-        hold the same seed.
+        hold the same seed; a report that names no net, or has a row without ASR.
     """
     fact = next((fact for fact in _KINDS if reports and fact in reports[0]), None)
     for report in reports:
@@ -86,13 +87,22 @@ def attack_table(
             cells.append(_cell(report, "clean", "float"))
         value = report[fact]
         shown = f"W{value}" if fact == "weight_bits" else f"{100 * value:g} %"
-        net = report["config"]["model"]["name"]
+        net = _net(report)
         seeds = len({r["seed"] for r in report["rows"] if r["model"] == "backdoored"})
         facts = [report["attack"], net, shown, str(seeds)]
         lines.append(f"| {' | '.join([*facts, *cells])} |")
     if not shows_clean and len({r["attack"] for r in reports}) == len(reports) > 1:
         lines += _means(reports, rows)
     return "\n".join(lines)
+
+
+def _net(report: Mapping[str, Any]) -> str:
+    try:
+        return report["config"]["model"]["name"]
+    except (KeyError, TypeError):
+        raise errors.InputError(
+            f"report {report.get('title')!r} has no config.model.name"
+        ) from None
 
 
 def _joined(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -133,8 +143,8 @@ def _means(reports: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> list[st
             [statistics.fmean(value(row) for row in found) for found in of_attacks]
             for value in (
                 lambda row: row["acc"],
-                lambda row: row["asr"],
-                lambda row: row["extra"].get("der", math.nan),
+                _asr,
+                lambda row: row.get("extra", {}).get("der", math.nan),
             )
         )
         rates.append(_rates(acc, asr))
@@ -150,6 +160,15 @@ def _found(report: Mapping[str, Any], model: str, name: str) -> list[Any]:
     return [r for r in report["rows"] if r["model"] == model and r["name"] == name]
 
 
+def _asr(row: Mapping[str, Any]) -> float:
+    if row["asr"] is None:
+        raise errors.InputError(
+            f"row {row['name']!r} of seed {row['seed']} has no ASR: no trigger was "
+            "known; accepted are reports of attacks"
+        )
+    return row["asr"]
+
+
 def _rates(acc: Sequence[float], asr: Sequence[float]) -> str:
     """Means, and the worst ASR of several."""
     cell = f"{100 * statistics.fmean(acc):.1f} / {100 * statistics.fmean(asr):.1f}"
@@ -160,7 +179,7 @@ def _cell(report: Mapping[str, Any], model: str, name: str) -> str:
     found = _found(report, model, name)
     if not found:
         return "–"
-    return _rates([row["acc"] for row in found], [row["asr"] for row in found])
+    return _rates([row["acc"] for row in found], [_asr(row) for row in found])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(attack_table(reports, rows=rows))
     except errors.InputError as error:
         print(f"nad_jax: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()  # Python's own exit code would be 1.
         return 2
     return 0
 

@@ -18,6 +18,24 @@ _MAX_SAMPLES = 12
 _SIDE = 96  # pixels of an attention map on the page
 
 
+def visible(images: np.ndarray) -> np.ndarray:
+    """What a page can show of images with any number of channels.
+
+    Args:
+      images: uint8 `[..., C]`.
+
+    Returns:
+      uint8 `[..., 1 or 3]`: the same for C of 1 or 3, the first three channels for 4,
+      which leaves out transparency, and the mean of all channels as grey otherwise.
+    """
+    channels = images.shape[-1]
+    if channels in (1, 3):
+        return images
+    if channels == 4:
+        return images[..., :3]
+    return images.mean(axis=-1, keepdims=True).round().astype(np.uint8)
+
+
 def samples(
     trigger: np.ndarray | None,
     clean_samples: np.ndarray | None,

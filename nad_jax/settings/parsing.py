@@ -17,8 +17,10 @@ def parse(mapping: Mapping[str, Any]) -> Any:
     """The settings of the job that a whole config names in `job`.
 
     Raises:
-      InputError: an unknown job, or as `from_mapping`.
+      InputError: no mapping, an unknown job, or as `from_mapping`.
     """
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"config must be a mapping, got {mapping!r:.80}")
     job = mapping.get("job")
     if job not in JOBS:
         raise InputError(f"config.job must be of {', '.join(JOBS)}, got {job!r}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table over attacks: means, the worst seed, and what is not there."""
 
+import json
 import pathlib
 
 import pytest
@@ -107,3 +108,63 @@ def test_the_tables_of_the_readme_are_those_of_the_result_files(job, data):
     files = sorted((ROOT / "results" / job).glob(f"{data}_*.json"))
     table = attack_table.attack_table([schema.read_report(path) for path in files])
     assert files and table in (ROOT / "README.md").read_text("utf-8")
+
+
+def _report(**changes):
+    rows = [
+        schema.Row(
+            **{"name": "float", "model": "backdoored", "seed": 0, "flip_rate": None},
+            **{"weight_bits": None, "act_bits": None, "seconds": None, "acc": 0.9},
+            **{"asr": 0.5, "ra": None, "acc_count": 10, "asr_count": 10, **changes},
+        )
+    ]
+    report = schema.build_report(
+        title="t",
+        config={},
+        rows=rows,
+        git_commit=None,
+        versions={},
+        devices=[],
+        seconds={},
+        facts={"attack": "pq", "weight_bits": 4},
+    )
+    for row in report["rows"]:
+        del row["extra"]
+    return report
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ({}, {}, "has no config.model.name"),
+        ({"model": "x"}, {}, "has no config.model.name"),
+        ({"model": {"name": "x"}}, {"asr": None, "asr_count": None}, "has no ASR"),
+    ],
+)
+def test_a_valid_report_without_what_a_line_needs_is_one_line(
+    tmp_path, capsys, config, changes, message
+):
+    report = {**_report(**changes), "config": config}
+    schema.validate(report)
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    assert attack_table.main([str(tmp_path / "r.json")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_report_without_extra_has_no_effect():
+    reports = [
+        {**_report(), "attack": attack, "poison_rate": 0.1} for attack in ("a", "b")
+    ]
+    for report in reports:
+        report["config"] = {"model": {"name": "x"}}
+        del report["weight_bits"]
+        schema.validate(report)
+    last = attack_table.attack_table(reports, rows=("float",)).splitlines()[-1]
+    assert last == "| mean DER | | | | – |"
+
+
+def test_a_bug_is_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(schema, "read_report", lambda path: 1 / 0)
+    assert attack_table.main(["x"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err

@@ -5,9 +5,11 @@ import base64
 import io
 
 import numpy as np
+import pytest
 import sample_page as sample
 
 from nad_jax.report import html as page
+from nad_jax.report import pictures
 
 
 def test_pictures_hold_exactly_the_pixels_they_were_given():
@@ -52,3 +54,18 @@ def test_clean_and_triggered_image_of_a_network_share_a_line():
     assert rows[0].index("The clean input") < rows[0].index("The triggered input")
     assert "at stage1, clean input" in rows[0] and "stage1, triggered" in rows[0]
     assert "The triggered input" in rows[1]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_images_of_any_number_of_channels_are_shown(channels):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels), np.uint8)
+    shown = pictures.visible(images)
+    figures = page.Figures(
+        trigger=shown[0], clean_samples=shown, triggered_samples=shown
+    )
+    assert "The trigger alone" in page.render(sample.make_report(), figures)
+    if channels in (1, 3, 4):
+        np.testing.assert_array_equal(shown, images[..., :3])
+    else:
+        mean = np.asarray(images, float).mean(-1)
+        assert shown.shape[-1] == 1 and np.abs(shown[..., 0] - mean).max() <= 0.5
