@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from nad_jax import errors
@@ -26,7 +27,12 @@ from nad_jax.core import attention, shapes
 
 
 def attention_distance(
-    student: jax.Array, teacher: jax.Array, *, p: float = 2, reduction: str = "sum"
+    student: jax.Array,
+    teacher: jax.Array,
+    *,
+    p: float = 2,
+    reduction: str = "sum",
+    teacher_is_map: bool = False,
 ) -> jax.Array:
     """Mean squared difference of two attention maps, one value per example.
 
@@ -38,17 +44,19 @@ def attention_distance(
     Args:
       student: Features of the student, ``[B, H, W, C]``.
       teacher: Features of the teacher, ``[B, H, W, D]``; only the number of channels
-        may differ, since maps have none. Or its `attention_map`, ``[B, H, W]``, made
-        earlier with the same `p` and `reduction`: a frozen teacher's can be kept.
+        may differ, since maps have none. With `teacher_is_map` ``[B, H, W]``.
       p: Power of the attention map; the public code uses 2.
       reduction: ``"sum"`` or ``"mean"`` over channels; see `attention_map`.
+      teacher_is_map: Whether teacher is its `attention_map` already, made earlier with
+        the same `p` and `reduction`: a frozen teacher's can be kept.
 
     Returns:
       ``[B]``, from 0 (equal maps) to ``2 / (H * W)`` (maps that nowhere overlap).
 
     Raises:
-      InputError: For different batch or spatial sizes and for features that
-        `attention_map` refuses, such as 1x1 maps.
+      InputError: For different batch or spatial sizes, for features that
+        `attention_map` refuses, such as 1x1 maps, and for a teacher that is a map and
+        not said to be one, or the other way round.
 
     Gradients:
       The teacher gets none.
@@ -62,10 +70,15 @@ def attention_distance(
     References:
       Li et al., "Neural Attention Distillation", ICLR 2021, equation 2.
     """
-    student_map = attention.attention_map(student, p=p, reduction=reduction)
     teacher_map = jax.lax.stop_gradient(teacher)
-    if teacher.ndim != 3:
+    # Said, not guessed: features without their channel axis look like maps.
+    if teacher_is_map:
+        shapes.check_rank("a teacher that is a map", teacher, "B H W")
+        shapes.check_floating("a teacher that is a map", teacher)
+    else:
+        shapes.check_rank("a teacher without teacher_is_map", teacher, "B H W C")
         teacher_map = attention.attention_map(teacher_map, p=p, reduction=reduction)
+    student_map = attention.attention_map(student, p=p, reduction=reduction)
     shapes.check_same_shape(
         "the attention maps of student", student_map, "teacher", teacher_map
     )
@@ -77,9 +90,10 @@ def nad_loss(
     student_features: Mapping[str, jax.Array],
     teacher_features: Mapping[str, jax.Array],
     *,
-    betas: Mapping[str, float],
+    betas: Mapping[str, float | jax.Array],
     p: float = 2,
     reduction: str = "sum",
+    teacher_is_map: bool = False,
 ) -> jax.Array:
     """Weighted sum of the attention distances of all stages, one value per example.
 
@@ -87,22 +101,26 @@ def nad_loss(
     the distillation term alone: add it to the classification loss of the student.
 
     Args:
-      student_features: Stage name to ``[B, H, W, C]``; sizes differ between stages.
-      teacher_features: The same names, each with the same B, H and W; or the
-        teacher's attention maps, see `attention_distance`.
+      student_features: Stage name to ``[B, H, W, C]``; only B is the same in all
+        stages.
+      teacher_features: The same names, each with the same B, H and W; with
+        `teacher_is_map` ``[B, H, W]``.
       betas: The same names; weight of each stage in mean-square units (the paper's
         beta; the public code uses 500, 1000, 1000 for three stages of a WRN-16-1).
-        Plain numbers, not negative. See `convert_betas` for the other unit. A stage
-        with beta 0 is not computed; all 0 is the fine-tuning control.
+        Numbers, not negative. See `convert_betas` for the other unit. A stage with
+        beta 0 is not computed; all 0 is the fine-tuning control. Traced numbers have
+        no value to check or to skip a stage by.
       p: Power of the attention map; the public code uses 2.
       reduction: ``"sum"`` or ``"mean"`` over channels; see `attention_map`.
+      teacher_is_map: Whether the teacher's are its attention maps already, see
+        `attention_distance`.
 
     Returns:
       ``[B]``; the mean over the batch is the public code's attention term.
 
     Raises:
       InputError: For unequal stage names, no stage, a negative beta, sizes that do not
-        fit or features that `attention_map` refuses.
+        fit, features that `attention_map` refuses, or maps where features are expected.
 
     Gradients:
       Only the student's features get one.
@@ -127,15 +145,32 @@ def nad_loss(
     shapes.check_same_names("betas", betas, "teacher_features", teacher_features)
     _check_betas(betas)
 
-    some_features = next(iter(student_features.values()))
+    first_stage, some_features = next(iter(student_features.items()))
+    for stage, features in student_features.items():
+        if features.shape[:1] != some_features.shape[:1]:
+            raise errors.InputError(
+                "student_features must have one batch size, got shape "
+                f"{list(some_features.shape)} for {first_stage!r} and "
+                f"{list(features.shape)} for {stage!r}"
+            )
     loss = jnp.zeros(some_features.shape[:1], shapes.accumulation_dtype(some_features))
     # Sorted: a float sum must not depend on the order of somebody's dict.
     for stage in sorted(betas):
-        if betas[stage] > 0:
-            student, teacher = student_features[stage], teacher_features[stage]
-            distance = attention_distance(student, teacher, p=p, reduction=reduction)
+        if counts(betas[stage]):
+            distance = attention_distance(
+                student_features[stage],
+                teacher_features[stage],
+                p=p,
+                reduction=reduction,
+                teacher_is_map=teacher_is_map,
+            )
             loss = loss + betas[stage] * distance
     return loss
+
+
+def counts(beta: float | jax.Array) -> bool:
+    """Whether a stage is computed: with a beta above 0, or one that is traced."""
+    return isinstance(beta, jax.core.Tracer) or bool(beta > 0)
 
 
 def logit_distance(
@@ -203,7 +238,7 @@ def convert_betas(
     500, 1000, 1000 look like 1 : 2 : 2; on squared distances they are 1 : 8 : 32.
 
     Args:
-      betas: Stage name to weight, in the unit that is not `to`.
+      betas: Stage name to weight, a plain number in the unit that is not `to`.
       spatial_shapes: Stage name to ``(H, W)``.
       to: ``"mean_square"`` (what `nad_loss` takes) or ``"squared_distance"``.
 
@@ -481,10 +516,17 @@ def _step_like(error: jax.Array, step: jax.Array | float) -> jax.Array:
     return jnp.broadcast_to(size, error.shape)
 
 
-def _check_betas(betas: Mapping[str, float]) -> None:
+def _check_betas(betas: Mapping[str, float | jax.Array]) -> None:
     if not betas:
         raise errors.InputError("betas must name at least one stage, got {}")
     for stage, beta in betas.items():
+        if jnp.ndim(beta):
+            raise errors.InputError(
+                f"betas must be single numbers, got shape {list(jnp.shape(beta))} for "
+                f"{stage!r}"
+            )
+        if isinstance(beta, jax.core.Tracer):
+            continue
         if not (beta >= 0 and math.isfinite(beta)):
             raise errors.InputError(
                 f"betas must be finite and not negative, got {beta} for {stage!r}"

@@ -24,6 +24,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,30 +70,39 @@ def run(
       teacher: None = `make_teacher`. Another architecture will do as long as its stages
         have the same names and sizes.
       victim_logits: How much they count as soft labels; None = not at all.
-      on_epoch: Called after each epoch of a student.
+      on_epoch: Called after each epoch of a student; of several, the metrics tell its
+        "beta_factor".
       should_stop: Asked between programs.
       commits: Keeps the trainings of the teacher and of each student.
 
     Raises:
-      InputError: a stage that does not exist, or whose map is 1x1 or constant.
+      InputError: a stage that does not exist, or whose map is 1x1 or constant; a
+        teacher for other images.
     """
-    if teacher is None:
-        made = make_teacher(
-            victim,
-            clean_data,
-            tuning,
-            epochs=nad.teacher_epochs,
-            key=key,
-            should_stop=should_stop,
-            commits=commits,
-        )
-        teacher = base.Net(victim.model, made.variables)
+    # Whatever can be refused is, before the teacher is trained.
     betas = mean_square_betas(victim, clean_data, nad)
-    stages = [stage for stage, beta in betas.items() if beta]
+    stages = [stage for stage, beta in betas.items() if beta * max(nad.beta_factors)]
+    validate = None
+    if len(nad.beta_factors) > 1:
+        validate = base.validation_accuracy(victim, clean_data)
     bank = None
-    if stages:
-        for net in (victim, teacher):
-            check_stages(net, clean_data.images, stages)
+    if not stages:
+        teacher = victim  # Nobody asks it anything.
+    else:
+        images = clean_data.images
+        check_stages(victim.model, {"victim": victim.variables}, images, stages)
+        if teacher is None:
+            made = make_teacher(
+                victim,
+                clean_data,
+                tuning,
+                epochs=nad.teacher_epochs,
+                key=key,
+                should_stop=should_stop,
+                commits=commits,
+            )
+            teacher = base.Net(victim.model, made.variables)
+        check_stages(teacher.model, {"teacher": teacher.variables}, images, stages)
         if nad.teacher_views:
             bank = view_bank.build(
                 view_bank.maps_fn(
@@ -108,9 +118,6 @@ def run(
                 key=key,
                 should_stop=should_stop,
             )
-    validate = None
-    if len(nad.beta_factors) > 1:
-        validate = base.validation_accuracy(victim, clean_data)
     students = []
     for factor in sorted(nad.beta_factors):
         scaled = {stage: beta * factor for stage, beta in betas.items()}
@@ -138,7 +145,7 @@ def run(
             make_batch=None if kept is None else view_bank.make_batch(tuning.training),
             companions=() if kept is None else kept,
             key=key,
-            on_epoch=on_epoch,
+            on_epoch=_naming(factor, nad.beta_factors, on_epoch),
             should_stop=should_stop,
             commits=None if commits is None else commits(f"student-{factor}"),
         )
@@ -147,6 +154,17 @@ def run(
     best = max(accuracy for accuracy, _ in students)
     acceptable = [s for a, s in students if a >= best - nad.accuracy_tolerance]
     return acceptable[-1]
+
+
+def _naming(
+    factor: float, factors: Collection[float], on_epoch: base.OnEpoch | None
+) -> base.OnEpoch | None:
+    """`on_epoch` that is told, where there are several students, which one it is."""
+    if on_epoch is None or len(factors) == 1:
+        return on_epoch
+    return lambda variables, metrics: on_epoch(
+        variables, {**metrics, "beta_factor": factor}
+    )
 
 
 def make_teacher(
@@ -179,7 +197,7 @@ def distillation_loss(
     teacher_apply: Callable[..., Any],
     teacher_variables: Any,
     *,
-    betas: Mapping[str, float],
+    betas: Mapping[str, float | jax.Array],
     p: float = 2,
     reduction: str = "sum",
     victim_variables: Any = None,
@@ -203,7 +221,7 @@ def distillation_loss(
       victim_variables: With `victim_logits`: what the student started from.
       victim_logits: How much they count; None = not at all.
     """
-    betas = {stage: beta for stage, beta in betas.items() if beta}
+    betas = {stage: beta for stage, beta in betas.items() if losses.counts(beta)}
     if not betas and victim_logits is None:
         return steps.classification_loss(student_apply)
 
@@ -217,7 +235,8 @@ def distillation_loss(
         terms = {"task_loss": task_loss}
         if betas:
             taught = batch.get("teacher_maps")
-            if taught is None:
+            has_maps = taught is not None
+            if not has_maps:
                 _, taught = teacher_apply(
                     jax.lax.stop_gradient(teacher_variables), images, train=False
                 )
@@ -227,6 +246,7 @@ def distillation_loss(
                 betas=betas,
                 p=p,
                 reduction=reduction,
+                teacher_is_map=has_maps,
             )
             terms["distillation_loss"] = jnp.mean(distillation).astype(task_loss.dtype)
         if victim_logits is not None:
@@ -250,7 +270,7 @@ def mean_square_betas(
     net: base.Net, clean_data: base.CleanData, nad: settings.NadSettings
 ) -> dict[str, float]:
     """`nad.betas` in the unit of `losses.nad_loss`, whichever they are given in."""
-    shapes = _stage_shapes(net, clean_data.images)
+    shapes = _stage_shapes("victim", net.model, net.variables, clean_data.images)
     _check_names(shapes, nad.betas)
     if nad.beta_unit == "mean_square":
         return dict(nad.betas)
@@ -258,38 +278,89 @@ def mean_square_betas(
     return losses.convert_betas(nad.betas, positions, to="mean_square")
 
 
-def check_stages(net: base.Net, images: np.ndarray, stages: Collection[str]) -> None:
+def check_stages(
+    model: Any, nets: Mapping[str, Any], images: np.ndarray, stages: Collection[str]
+) -> None:
     """Refuses stages whose attention map could never teach anything.
 
     A normalised 1x1 map is the number 1, whatever the network; so is a map that was
     pooled and spread again. Other implementations distil from such maps in silence.
 
     Args:
-      net: Teacher or student.
+      model: Of teachers or students.
+      nets: What each is called -> its variables.
       images: Clean images, uint8 `[N, H, W, C]`; the first few are looked at.
       stages: Names of stages.
 
     Raises:
-      InputError: one line that names the stage and its shape.
+      InputError: one line that names the net, the stage and its shape; or a net for
+        images of another shape.
     """
-    shapes = _stage_shapes(net, images)
+    forward = jax.jit(lambda v, x: model.apply(v, x, train=False)[1])
+    for name, variables in nets.items():
+        _check_shapes(name, _stage_shapes(name, model, variables, images), stages)
+        features = forward(variables, _first_images(images))
+        for stage in stages:
+            maps = np.asarray(attention.attention_map(features[stage]))
+            spread = maps.std(axis=(1, 2)) / np.maximum(maps.mean(axis=(1, 2)), 1e-12)
+            if spread.max() < _CONSTANT:
+                raise errors.InputError(
+                    f"stage {stage!r} of the {name} has the same attention everywhere "
+                    f"in all of {len(maps)} images; it teaches nothing, choose another "
+                    "stage"
+                )
+
+
+def check(
+    victim: base.Net,
+    clean_data: base.CleanData,
+    nad: settings.NadSettings,
+    *,
+    teacher: base.Net | None = None,
+) -> None:
+    """Refuses what `run` would, as far as shapes tell; nothing is computed.
+
+    Args:
+      victim: Variables may be `jax.ShapeDtypeStruct`s.
+      clean_data: One image will do.
+      nad: The attention term.
+      teacher: None = the victim, fine-tuned.
+
+    Raises:
+      InputError: a stage that does not exist, or whose map is 1x1; a teacher for other
+        images, or with maps of other sizes.
+    """
+    betas = mean_square_betas(victim, clean_data, nad)
+    stages = [stage for stage, beta in betas.items() if beta * max(nad.beta_factors)]
+    nets = (
+        {"victim": victim}
+        if teacher is None
+        else {"victim": victim, "teacher": teacher}
+    )
+    sizes = []
+    for name, net in nets.items() if stages else ():
+        shapes = _stage_shapes(name, net.model, net.variables, clean_data.images)
+        _check_shapes(name, shapes, stages)
+        sizes.append({stage: list(shapes[stage][1:3]) for stage in stages})
+    for stage in stages:
+        if sizes[0][stage] != sizes[-1][stage]:
+            raise errors.InputError(
+                f"stage {stage!r} of the teacher has a map of {sizes[-1][stage]}, of "
+                f"the victim one of {sizes[0][stage]}"
+            )
+
+
+def _check_shapes(
+    name: str, shapes: Mapping[str, tuple[int, ...]], stages: Collection[str]
+) -> None:
+    """Refuses stages without a map, or with one of a single position."""
     _check_names(shapes, stages)
     for stage in stages:
         shape = shapes[stage]
         if len(shape) != 4 or shape[1] * shape[2] < 2:
             raise errors.InputError(
-                f"stage {stage!r} is {list(shape[1:])} per image; attention needs "
-                "[H, W, C] with more than one position"
-            )
-    forward = jax.jit(lambda v, x: net.model.apply(v, x, train=False)[1])
-    features = forward(net.variables, _first_images(images))
-    for stage in stages:
-        maps = np.asarray(attention.attention_map(features[stage]))
-        spread = maps.std(axis=(1, 2)) / np.maximum(maps.mean(axis=(1, 2)), 1e-12)
-        if spread.max() < _CONSTANT:
-            raise errors.InputError(
-                f"stage {stage!r} has the same attention everywhere in all of "
-                f"{len(maps)} images; it teaches nothing, choose another stage"
+                f"stage {stage!r} of the {name} is {list(shape[1:])} per image; "
+                "attention needs [H, W, C] with more than one position"
             )
 
 
@@ -297,13 +368,21 @@ def _first_images(images: np.ndarray) -> jax.Array:
     return batches.to_float(jnp.asarray(images[:_IMAGES_TO_CHECK]))
 
 
-def _stage_shapes(net: base.Net, images: np.ndarray) -> dict[str, tuple[int, ...]]:
+def _stage_shapes(
+    name: str, model: Any, variables: Any, images: np.ndarray
+) -> dict[str, tuple[int, ...]]:
     """Stage name -> shape of its features for a few images; nothing is computed."""
-    _, features = jax.eval_shape(
-        lambda v, x: net.model.apply(v, x, train=False),
-        net.variables,
-        _first_images(images),
-    )
+    try:
+        _, features = jax.eval_shape(
+            lambda v, x: model.apply(v, x, train=False),
+            variables,
+            _first_images(images),
+        )
+    except flax.errors.ScopeParamShapeError as error:
+        raise errors.InputError(
+            f"the {name} cannot be given images of shape {list(images.shape[1:])}: "
+            + str(error).split(" (http")[0]
+        ) from None
     return {stage: tuple(one.shape) for stage, one in features.items()}
 
 

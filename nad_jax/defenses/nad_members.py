@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nad_jax import errors, settings
-from nad_jax.core import losses
-from nad_jax.defenses import base
+from nad_jax.defenses import base, nad
 from nad_jax.training import augmentation, members, optimizers, steps
 from nad_jax.training import state as state_lib
 
@@ -27,8 +26,8 @@ class Member:
     Attributes:
       variables: Where it starts: those of the victim.
       teacher: Variables of its teacher, of the same architecture.
-      betas: Stage name -> weight, per pixel, as `losses.nad_loss` takes them; all
-        members name the same stages. All 0 is fine-tuning.
+      betas: Stage name -> weight, per pixel, as `settings.NadSettings` takes them;
+        all members name the same stages. All 0 is fine-tuning.
       key: Decides the order and the augmentation of its images.
     """
 
@@ -50,7 +49,11 @@ def run(
     written_out: bool | None = None,
     should_stop: base.ShouldStop | None = None,
 ) -> list[base.Defended]:
-    """The students, in their order; each is what `nad.run` without logits makes of it.
+    """The students, in their order; each is what `nad.run` would make of it.
+
+    That is: with its teacher, with neither logits nor kept views, up to float rounding.
+    What `nad.run` refuses is refused here; but a stage that counts for one student must
+    be able to teach all of them, since it is computed for all.
 
     Args:
       model: Architecture of all students and teachers.
@@ -64,18 +67,15 @@ def run(
       should_stop: Asked between steps.
 
     Raises:
-      InputError: no students, different stages, a negative beta, or `patience`.
+      InputError: no students; different stages; a beta that is negative or not finite;
+        a stage that does not exist, or whose map is 1x1 or constant; `patience`.
     """
     if tuning.patience is not None:
         raise errors.InputError(
             f"the students of a sweep end together; patience must be None, got "
             f"{tuning.patience}"
         )
-    if len({tuple(sorted(student.betas)) for student in students}) > 1:
-        raise errors.InputError("all students of a sweep must name the same stages")
-    lowest = min((min(one.betas.values()) for one in students), default=0.0)
-    if lowest < 0:
-        raise errors.InputError(f"betas must not be negative, got {lowest}")
+    betas, stages = _check(model, students, clean_data, p, reduction)
     training = tuning.training
     tx = optimizers.build(training, num_examples=len(clean_data.labels))
     states = [
@@ -85,13 +85,13 @@ def run(
                 "batch_stats": {
                     "batch_stats": one.variables.get("batch_stats", {}),
                     "teacher": one.teacher,
-                    "betas": {k: jnp.float32(v) for k, v in one.betas.items()},
+                    "betas": {stage: jnp.float32(own[stage]) for stage in stages},
                 },
             },
             tx,
             one.key,
         )
-        for one in students
+        for one, own in zip(students, betas, strict=True)
     ]
     fitted, history = members.fit(
         states,
@@ -121,32 +121,51 @@ def run(
     ]
 
 
+def _check(
+    model: Any,
+    students: Sequence[Member],
+    clean_data: base.CleanData,
+    p: float,
+    reduction: str,
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Betas of each student, and the stages that count for any; as `nad.run` has it."""
+    if len({tuple(sorted(student.betas)) for student in students}) > 1:
+        raise errors.InputError("all students of a sweep must name the same stages")
+    betas = [
+        nad.mean_square_betas(
+            base.Net(model, one.variables),
+            clean_data,
+            settings.NadSettings(one.betas, p=p, reduction=reduction),
+        )
+        for one in students
+    ]
+    stages = sorted({stage for own in betas for stage, beta in own.items() if beta})
+    if stages:
+        nets = {
+            f"start of student {i}": one.variables for i, one in enumerate(students)
+        }
+        nets |= {
+            f"teacher of student {i}": one.teacher for i, one in enumerate(students)
+        }
+        nad.check_stages(model, nets, clean_data.images, stages)
+    return betas, stages
+
+
 def _loss(apply_fn: Callable[..., Any], p: float, reduction: str) -> steps.LossFn:
-    """`nad.distillation_loss` without logits; teacher and betas are in the state."""
+    """`nad.distillation_loss` with teacher and betas from the state, so traced."""
 
     def loss_fn(params, carried, batch, key):
-        del key
-        images, labels = batch["images"], batch["labels"]
-        (logits, features), batch_stats = steps.apply_training(
-            apply_fn, params, carried["batch_stats"], images
+        own_loss = nad.distillation_loss(
+            apply_fn,
+            apply_fn,
+            carried["teacher"],
+            betas=carried["betas"],
+            p=p,
+            reduction=reduction,
         )
-        _, teacher_features = apply_fn(
-            jax.lax.stop_gradient(carried["teacher"]), images, train=False
+        loss, (batch_stats, metrics) = own_loss(
+            params, carried["batch_stats"], batch, key
         )
-        task_loss = jnp.mean(steps.cross_entropy(logits, labels))
-        distillation = jnp.float32(0.0)
-        for stage, beta in sorted(carried["betas"].items()):
-            distance = losses.attention_distance(
-                features[stage], teacher_features[stage], p=p, reduction=reduction
-            )
-            distillation += beta * jnp.mean(distance)
-        return task_loss + distillation, (
-            {**carried, "batch_stats": batch_stats},
-            {
-                "accuracy": steps.accuracy(logits, labels),
-                "task_loss": task_loss,
-                "distillation_loss": distillation,
-            },
-        )
+        return loss, ({**carried, "batch_stats": batch_stats}, metrics)
 
     return loss_fn

@@ -111,22 +111,44 @@ def test_distance_is_bounded_symmetric_and_free_of_scale(seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p, reduction", [(2, "sum"), (1, "mean")])
 def test_a_teachers_map_can_be_given_instead_of_its_features(p, reduction):
     generator = np.random.default_rng(8)
     student, teacher = generator.random((2, 3, 4, 5, 6), np.float32)
     options = {"p": p, "reduction": reduction}
     kept = attention.attention_map(teacher, **options)
-    np.testing.assert_array_equal(
-        losses.attention_distance(student, kept, **options),
-        losses.attention_distance(student, teacher, **options),
+    expected = losses.attention_distance(student, teacher, **options)
+
+    def distance(kept):
+        return losses.attention_distance(student, kept, teacher_is_map=True, **options)
+
+    np.testing.assert_array_equal(distance(kept), expected)
+    loss = losses.nad_loss(
+        {"a": student}, {"a": kept}, betas={"a": 2.0}, teacher_is_map=True, **options
     )
-    gradient = jax.grad(
-        lambda kept: losses.attention_distance(student, kept, **options).sum()
-    )(kept)
-    assert not np.any(gradient)
+    np.testing.assert_array_equal(loss, 2 * expected)
+    assert not np.any(jax.grad(lambda kept: distance(kept).sum())(kept))
     with pytest.raises(errors.InputError, match="attention maps of student"):
-        losses.attention_distance(student, kept[:, :-1], **options)
+        distance(kept[:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "is_map", "message"),
+    [
+        ((2, 4, 4), "float32", False, r"without teacher_is_map .* got shape \[2, 4, 4"),
+        ((2, 4, 4, 3), "float32", True, r"that is a map .* got shape \[2, 4, 4, 3"),
+        ((2, 4, 4), "int32", True, "that is a map must be floating .* int32"),
+    ],
+)
+def test_features_without_channels_are_no_map_unless_said_so(
+    shape, dtype, is_map, message
+):
+    student, teacher = {"a": np.ones((2, 4, 4, 3))}, {"a": np.ones(shape, dtype)}
+    with pytest.raises(errors.InputError, match=message):
+        losses.attention_distance(student["a"], teacher["a"], teacher_is_map=is_map)
+    with pytest.raises(errors.InputError, match=message):
+        losses.nad_loss(student, teacher, betas={"a": 1.0}, teacher_is_map=is_map)
 
 
 def test_maps_without_overlap_reach_the_bound():
@@ -285,6 +307,17 @@ def test_nad_loss_is_linear_in_the_betas():
 
 
 @pytest.mark.slow
+def test_betas_may_be_traced():
+    """One program for many weights; a mistake of shape is found all the same."""
+    student, teacher = two_stages(0), two_stages(10)
+    traced = jax.jit(lambda betas: losses.nad_loss(student, teacher, betas=betas))
+    np.testing.assert_allclose(traced(BETAS), nad_loss(student, teacher), rtol=1e-6)
+    np.testing.assert_array_equal(traced(dict.fromkeys(BETAS, 0.0)), np.zeros(3))
+    with pytest.raises(errors.InputError, match=r"got shape \[3\] for 'stage1'"):
+        traced(BETAS | {"stage1": np.ones(3, np.float32)})
+
+
+@pytest.mark.slow
 def test_the_order_of_the_mappings_changes_no_bit():
     """With these weights (a + b) + c and (c + b) + a differ in the last bit."""
     student = {name: random_array(i, 64, 4, 4, 2) for i, name in enumerate("abc")}
@@ -383,6 +416,14 @@ def test_the_teacher_may_compute_in_another_precision():
             {"student_features": two_stages(0) | {"stage2": np.ones((3, 1, 1, 2))}},
             r"1x1 .* got shape \[3, 1, 1, 2\]",
         ),
+        (
+            {
+                "student_features": two_stages(0) | {"stage2": np.ones((1, 2, 2, 4))},
+                "teacher_features": two_stages(0) | {"stage2": np.ones((1, 2, 2, 4))},
+            },
+            r"one batch size, got shape \[3, 4, 4, 2\] for 'stage1' and \[1, 2, 2, 4\]",
+        ),
+        ({"betas": BETAS | {"stage2": np.ones(3)}}, r"got shape \[3\] for 'stage2'"),
         ({"betas": BETAS | {"stage2": -1.0}}, "got -1.0 for 'stage2'"),
         ({"betas": BETAS | {"stage2": math.nan}}, "got nan for 'stage2'"),
         (

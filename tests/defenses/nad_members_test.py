@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep is its members, each as if it were alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -71,11 +73,61 @@ def test_mistakes_are_named(victim, students, clean_data, tuning):
         run([])
     with pytest.raises(errors.InputError, match="patience must be None, got 3"):
         run(students, settings.TuningSettings(tuning.training, patience=3))
-    less = nad_members.Member(victim.variables, {}, {"stage1": 1.0}, jax.random.key(0))
     with pytest.raises(errors.InputError, match="the same stages"):
-        run([*students, less])
-    negative = nad_members.Member(victim.variables, {}, {"stage1": -1.0}, less.key)
-    with pytest.raises(errors.InputError, match=r"negative, got -1\.0"):
-        run([negative])
+        run([*students, dataclasses.replace(students[0], betas={"stage1": 1.0})])
     with pytest.raises(errors.InputError, match="3 members cannot be shared by 4"):
         run(students[:3], mesh=members.member_mesh(4))
+
+
+def _silent(variables):
+    """The same net with a last stage that answers to nothing."""
+    params = {**variables["params"], "late": {"kernel": np.zeros((3, 3, 4, 5), "f4")}}
+    return {**variables, "params": params}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"betas": {"stage9": 1.0}}, {}),
+        ({"betas": {"stage9": 0.0}}, {}),
+        ({"betas": {}}, {}),
+        ({"betas": {"stage1": -1.0}}, {}),
+        ({"betas": {"stage1": float("inf")}}, {}),
+        ({}, {"p": 0.0}),
+        ({}, {"reduction": "max"}),
+        ({"teacher": "silent"}, {}),
+        ({"variables": "silent"}, {}),
+    ],
+)
+def test_what_nad_refuses_is_refused_in_the_same_words(
+    victim, students, clean_data, tuning, changes, options
+):
+    silent = _silent(victim.variables)
+    student = dataclasses.replace(
+        students[1],
+        **{k: silent if v == "silent" else v for k, v in changes.items()},
+    )
+    with pytest.raises(errors.InputError) as alone:
+        nad.run(
+            base.Net(victim.model, student.variables),
+            clean_data,
+            tuning,
+            settings.NadSettings(student.betas, **options),
+            key=student.key,
+            teacher=base.Net(victim.model, student.teacher),
+        )
+    with pytest.raises(errors.InputError) as sweep:
+        nad_members.run(victim.model, [student], clean_data, tuning, **options)
+    words = str(sweep.value).replace("start of student 0", "victim")
+    assert words.replace("teacher of student 0", "teacher") == str(alone.value)
+
+
+@pytest.mark.slow
+def test_a_stage_that_counts_for_nobody_is_not_computed(
+    victim, students, clean_data, tuning
+):
+    silent = _silent(victim.variables)
+    betas = {"stage1": 10.0, "stage2": 0.0}
+    student = dataclasses.replace(students[1], teacher=silent, betas=betas)
+    nad_members.run(victim.model, [student], clean_data, tuning)

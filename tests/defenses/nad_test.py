@@ -283,21 +283,118 @@ class _Pooled(nn.Module):
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
-        (["pooled"], "stage 'pooled' is \\[1, 1, 2\\] per image"),
-        (["good", "spread"], "stage 'spread' has the same attention everywhere"),
+        (["pooled"], "stage 'pooled' of the teacher is \\[1, 1, 2\\] per image"),
+        (["good", "spread"], "'spread' of the teacher has the same attention every"),
         (["stage9"], "stages of good, pooled, spread, got stage9"),
         ([], "got none"),
     ],
 )
 def test_a_stage_that_cannot_teach_is_refused(clean_data, stages, words):
-    model = _Pooled()
-    kernel = np.random.default_rng(0).normal(size=(3, 3, 1, 2)).astype(np.float32)
-    net = base.Net(
-        model, {"params": {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}}
-    )
-    nad.check_stages(net, clean_data.images, ["good"])
+    model, variables = _pooled_net()
+    nets = {"teacher": variables}
+    nad.check_stages(model, nets, clean_data.images, ["good"])
     with pytest.raises(errors.InputError, match=words):
-        nad.check_stages(net, clean_data.images, stages)
+        nad.check_stages(model, nets, clean_data.images, stages)
+
+
+def _pooled_net():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 1, 2)).astype(np.float32)
+    params = {"conv": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}
+    return base.Net(_Pooled(), {"params": params})
+
+
+class _Trained(Exception):
+    """A training has begun."""
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def begin(*arguments, **options):
+        raise _Trained
+
+    monkeypatch.setattr(base, "tune", begin)
+    monkeypatch.setattr(nad, "make_teacher", begin)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"betas": {"stage9": 1.0}}, "betas must name stages"),
+        ({"betas": {"pooled": 1.0}}, "'pooled' of the victim is"),
+        ({"betas": {"spread": 1.0}}, "'spread' of the victim has the same"),
+        ({"betas": {"good": 1.0}, "beta_factors": (0.5, 1.0)}, "needs held-out images"),
+    ],
+)
+def test_a_teacher_is_not_trained_before_the_victim_is_looked_at(
+    no_training, clean_data, tuning, options, words
+):
+    nothing = clean_data.validation_images[:0], clean_data.validation_labels[:0]
+    data = base.CleanData(clean_data.images, clean_data.labels, *nothing)
+    with pytest.raises(errors.InputError, match=words):
+        nad.run(_pooled_net(), data, tuning, settings.NadSettings(**options), key=KEY)
+    with pytest.raises(_Trained):
+        own = settings.NadSettings({"good": 1.0})
+        nad.run(_pooled_net(), data, tuning, own, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("betas", "factors"), [({"stage1": 0.0}, (1.0,)), (BETAS, (0.0,))]
+)
+def test_no_teacher_is_trained_where_no_stage_counts(
+    monkeypatch, victim, clean_data, tuning, betas, factors
+):
+    """And a student is, which is fine-tuning."""
+    monkeypatch.setattr(nad, "make_teacher", None)
+    tuned = base.Defended(victim.variables, ())
+    monkeypatch.setattr(base, "tune", lambda *arguments, **options: tuned)
+    own = settings.NadSettings(betas, beta_factors=factors)
+    assert nad.run(victim, clean_data, tuning, own, key=KEY) is tuned
+
+
+@pytest.mark.slow
+def test_a_teacher_for_other_images_is_refused_in_one_line(
+    no_training, victim, clean_data, tuning
+):
+    kernel = np.ones((3, 3, 3, 4), np.float32)
+    params = {**victim.variables["params"], "early": {"kernel": kernel}}
+    teacher = base.Net(victim.model, {**victim.variables, "params": params})
+    own = settings.NadSettings(BETAS)
+    with pytest.raises(errors.InputError) as caught:
+        nad.run(victim, clean_data, tuning, own, key=KEY, teacher=teacher)
+    message = str(caught.value)
+    assert message.startswith("the teacher cannot be given images of shape [6, 6, 1]")
+    assert "(3, 3, 3, 4)" in message and "\n" not in message and "http" not in message
+
+
+def test_of_several_students_each_epoch_says_whose_it_is(
+    monkeypatch, victim, teacher, clean_data, tuning
+):
+    def tune(victim, *arguments, on_epoch, **options):
+        for epoch in (1, 2):
+            on_epoch(victim.variables, {"epoch": epoch})
+        return base.Defended(victim.variables, ())
+
+    def told(*factors):
+        seen = []
+        nad.run(
+            victim,
+            clean_data,
+            tuning,
+            settings.NadSettings(BETAS, beta_factors=factors),
+            key=KEY,
+            teacher=teacher,
+            on_epoch=lambda _, metrics: seen.append(metrics),
+        )
+        return seen
+
+    monkeypatch.setattr(base, "tune", tune)
+    assert told(2.0) == [{"epoch": 1}, {"epoch": 2}]
+    assert told(2.0, 0.5) == [
+        {"epoch": epoch, "beta_factor": factor}
+        for factor in (0.5, 2.0)
+        for epoch in (1, 2)
+    ]
 
 
 class _Foreign(nn.Module):
