@@ -3,10 +3,12 @@
 #   NAME=... IMAGE=... TPU_ACCELERATOR=tpu-v4-podslice TPU_TOPOLOGY=2x2x4 HOSTS=4 \
 #     VOLUME=CLAIM MOUNT=/runs launch/gke_jobset.sh [--dry-run] -- --config=FILE \
 #     --workdir=/runs/NAME ...
-# IMAGE is built from launch/Dockerfile. VOLUME is a PersistentVolumeClaim, of a disk that
-# several nodes may write or of a bucket (GCS FUSE), mounted at MOUNT on every pod: pods
-# that restart have lost their own disks, so the workdir must be there. CHIPS_PER_HOST is
-# 4 unless given. GKE tells the pods of each other. With --dry-run the JobSet is printed.
+# IMAGE is built from launch/Dockerfile. VOLUME is a PersistentVolumeClaim that several
+# nodes may write, mounted at MOUNT on every pod: pods that restart have lost their own
+# disks, so the workdir must be there. It has to be a POSIX file system, such as Filestore
+# or another NFS: a bucket (GCS FUSE) renames no folder in one piece and locks no file.
+# CHIPS_PER_HOST is 4 unless given. GKE tells the pods of each other. With --dry-run the
+# JobSet is printed.
 set -euo pipefail
 
 fail() { echo "gke_jobset.sh: $1" >&2; exit 2; }
@@ -59,6 +61,9 @@ spec:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 120
+              # The group of the image's user: a new volume belongs to root.
+              securityContext:
+                fsGroup: 1000
               volumes:
                 - name: runs
                   persistentVolumeClaim:

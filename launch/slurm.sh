@@ -16,6 +16,8 @@ done
 [ "${1:-}" = -- ] || fail "'--' and the arguments of nad_jax.main are missing"
 shift
 [ $# -ge 1 ] || fail "the arguments of nad_jax.main are missing after '--'"
+# What the batch job would refuse, hours later.
+bash "$(dirname "$0")/slurm.sbatch" --dry-run "$@" > /dev/null
 
 command=(sbatch "--account=$ACCOUNT" "--partition=$PARTITION" "--time=$TIME"
   "--nodes=$NODES" "--ntasks-per-node=${TASKS_PER_NODE:-1}")

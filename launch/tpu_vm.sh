@@ -6,8 +6,11 @@
 #   launch/tpu_vm.sh [--dry-run] delete        give the slice back
 # Needs PROJECT, ZONE and NAME; `create` also ACCELERATOR_TYPE and RUNTIME_VERSION, and
 # takes SPOT=yes. `run` takes the commit that is checked out, and refuses a checkout that
-# differs from it; the workers' reports name it. A preempted slice loses its disks: let --workdir be on a mounted bucket,
-# at least on worker 0, and repeat `create` and `run`.
+# differs from it; the workers' reports name it. They need a python3 of 3.11 or newer,
+# which depends on RUNTIME_VERSION. A preempted slice loses its disks: let --workdir be on
+# a mounted POSIX file system, such as Filestore or another NFS (a bucket renames no
+# folder in one piece and locks no file), at least on worker 0, and repeat `create` and
+# `run`.
 set -euo pipefail
 
 fail() { echo "tpu_vm.sh: $1" >&2; exit 2; }
@@ -65,6 +68,9 @@ create() {
   done
 }
 
+# One line where pip, with an old Python, would print a page.
+check_python="python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit(\"tpu_vm.sh: python3 must be 3.11 or newer, got \" + sys.version.split()[0])'"
+
 start() {
   [ "${1:-}" = -- ] || fail "'--' and the arguments of nad_jax.main are missing"
   shift
@@ -80,6 +86,7 @@ start() {
   trap 'rm -rf "$(dirname "$archive")"' EXIT
   run git -C "$root" archive --format=tar.gz "--output=$archive" "$commit"
   run "${machine[@]}" scp "$archive" "$NAME:" "${where[@]}" --worker=all
+  run "${machine[@]}" ssh "$NAME" "${where[@]}" --worker=all "--command=$check_python"
   run "${machine[@]}" ssh "$NAME" "${where[@]}" --worker=all \
     "--command=mkdir -p nad_jax && tar -xzf nad_jax-checkout.tar.gz -C nad_jax && python3 -m venv venv && venv/bin/pip install --quiet --constraint nad_jax/constraints.txt './nad_jax[tpu]'"
   # Each worker goes on without the connection.

@@ -21,10 +21,10 @@ TAIL = ["--", "--config=configs/efrap.py:smoke", '--config.title=it\'s a "title"
 TOLD = {
     "local.sh": (["2", *TAIL], {}),
     "slurm.sh": (
-        TAIL,
+        [*TAIL, "--workdir=shared"],
         {"ACCOUNT": "acc", "PARTITION": "part", "TIME": "1:00:00", "NODES": "2"},
     ),
-    "slurm.sbatch": (TAIL[1:], {}),
+    "slurm.sbatch": ([*TAIL[1:], "--workdir=shared"], {}),
     "tpu_vm.sh": (
         ["run", *TAIL],
         {"PROJECT": "proj", "ZONE": "zone", "NAME": "slice"},
@@ -114,13 +114,51 @@ def test_local_starts_every_process_with_its_number():
 
 def test_slurm_submits_the_batch_job_which_starts_every_task():
     (submit,) = _commands(_dry_run("slurm.sh", GPUS_PER_TASK="1"))
-    assert submit[0] == "sbatch" and submit[-2:] == TAIL[1:]
+    told = [*TAIL[1:], "--workdir=shared"]
+    assert submit[0] == "sbatch" and submit[-3:] == told
     assert {"--account=acc", "--partition=part", "--nodes=2"} <= set(submit)
     assert "--gpus-per-task=1" in submit
-    assert pathlib.Path(submit[-3]).name == "slurm.sbatch"
+    assert pathlib.Path(submit[-4]).name == "slurm.sbatch"
     (step,) = _commands(_dry_run("slurm.sbatch"))
     assert step[:2] == ["srun", "--kill-on-bad-exit=1"]
-    assert step[3:] == ["-m", "nad_jax.main", *TAIL[1:], "--distributed=required"]
+    assert step[3:] == ["-m", "nad_jax.main", *told, "--distributed=required"]
+
+
+@pytest.mark.parametrize(
+    ("code", "result", "requeued"),
+    [
+        (0, None, True),
+        (0, "report.json", False),
+        (0, "audit.json", False),
+        (0, "inspection.json", False),
+        (2, None, False),
+        (130, None, False),
+    ],
+)
+def test_a_job_that_was_asked_to_stop_is_queued_again(tmp_path, code, result, requeued):
+    """SLURM calls it completed, since the program ends with 0 after SIGTERM."""
+    said = tmp_path / "said"
+    workdir = tmp_path / "a run"
+    workdir.mkdir()
+    if result is not None:
+        (workdir / result).write_text("{}")
+    for name, body in (("srun", f"exit {code}"), ("scontrol", f"echo $* >> {said}")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    arguments = ["--config=any", f"--workdir={workdir}"]
+    ended = _run("slurm.sbatch", arguments, {"PATH": path, "SLURM_JOB_ID": "7"})
+    assert ended.returncode == code, ended.stderr
+    assert said.exists() == requeued
+    assert not requeued or said.read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "slurm.sbatch"])
+def test_a_job_that_could_not_go_on_is_not_submitted(name):
+    arguments, variables = TOLD[name]
+    result = _run(name, ["--dry-run", *arguments[:-1]], variables)
+    assert result.returncode == 2 and not result.stdout
+    assert re.fullmatch("slurm.sbatch: --workdir=.* is missing.*\n", result.stderr)
 
 
 def test_tpu_commands_name_project_and_zone_and_quote_what_the_workers_run():
@@ -133,8 +171,30 @@ def test_tpu_commands_name_project_and_zone_and_quote_what_the_workers_run():
     assert set(TAIL[1:]) <= set(words) and "--distributed=required" in words
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
     assert f"NAD_JAX_COMMIT={head.strip()}" in words
-    (install,) = [part for part in remote[1] if part.startswith("--command=")]
+    assert [command[4] for command in remote] == ["scp", "ssh", "ssh", "ssh"]
+    (install,) = [part for part in remote[2] if part.startswith("--command=")]
     assert "--constraint nad_jax/constraints.txt" in install
+
+
+@pytest.mark.parametrize(
+    ("version", "code"), [((3, 10, 12), 1), ((3, 11, 0), 0), ((3, 13, 1), 0)]
+)
+def test_a_worker_with_an_old_python_says_so_in_one_line(version, code):
+    """Whatever comes after the check is not run then."""
+    (check,) = [
+        part.partition("=")[2]
+        for command in _commands(_dry_run("tpu_vm.sh"))
+        for part in command
+        if part.startswith("--command=python3 -c")
+    ]
+    words = shlex.split(check)
+    told = f"import sys; sys.version_info = {version}; sys.version = '3.x (old)'; "
+    result = subprocess.run(
+        [sys.executable, *words[1:-1], told + words[-1]], capture_output=True, text=True
+    )
+    assert result.returncode == code
+    expected = "tpu_vm.sh: python3 must be 3.11 or newer, got 3.x\n"
+    assert result.stderr == (expected if code else "")
 
 
 def test_a_tpu_gets_a_commit_and_nothing_is_left_of_a_failed_copy(tmp_path):
@@ -207,6 +267,10 @@ def test_the_jobset_has_an_indexed_pod_on_every_host():
     ]
     (volume,) = job["template"]["spec"]["volumes"]
     assert volume["persistentVolumeClaim"] == {"claimName": "claim"}
+    # Else the image's user could not write the volume.
+    group = job["template"]["spec"]["securityContext"]["fsGroup"]
+    dockerfile = (LAUNCH / "Dockerfile").read_text("utf-8")
+    assert f"--gid {group} runner" in dockerfile and "\nUSER runner\n" in dockerfile
     assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/runs"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
@@ -246,6 +310,8 @@ def test_the_image_copies_what_exists_and_starts_the_program():
     assert {*wheel["packages"], *wheel["force-include"]} <= set(everything)
     (entry,) = [line for line in lines if line.startswith("ENTRYPOINT")]
     assert json.loads(entry.partition(" ")[2]) == ["python", "-m", "nad_jax.main"]
+    # No checkout is copied; `pipeline.git_commit` reads this instead.
+    assert {"ARG NAD_JAX_COMMIT=", "ENV NAD_JAX_COMMIT=${NAD_JAX_COMMIT}"} <= {*lines}
 
 
 def test_nothing_of_ours_and_nobodys_project_is_in_launch():
