@@ -25,6 +25,7 @@ to one of them stops all.
 
 import contextlib
 import datetime
+import importlib.util
 import os
 import pathlib
 import re
@@ -41,6 +42,7 @@ from typing import Any
 if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+import ml_collections  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
@@ -148,6 +150,22 @@ def shipped(name: str) -> pathlib.Path:
         if (folder / name).is_file():
             return folder / name
     raise errors.InputError(_not_there(name))
+
+
+def shipped_config(name: str, variant: str = "") -> ml_collections.ConfigDict:
+    """A variant of the shipped config file of that name.
+
+    Raises:
+      InputError: there is no such file or variant.
+    """
+    specification = importlib.util.spec_from_file_location("shipped", shipped(name))
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    try:
+        return module.get_config(variant)
+    except ValueError as error:
+        raise errors.InputError(str(error)) from None
 
 
 def _not_there(path: str) -> str:

@@ -16,7 +16,6 @@ most nine tenths of it, whatever the rate.
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import pathlib
 import statistics
 import sys
@@ -140,15 +139,7 @@ def _run(
 
 def _config(variant: str, changes: Mapping[str, Any]) -> Any:
     """Settings of a variant of the shipped config, with changes by dotted name."""
-    path = program.shipped("nad.py")
-    spec = importlib.util.spec_from_file_location("nad_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        config = module.get_config(variant)
-    except ValueError as error:
-        raise errors.InputError(str(error)) from None
+    config = program.shipped_config("nad.py", variant)
     config.update_from_flattened_dict(changes)
     return settings.parse(config.to_dict())
 

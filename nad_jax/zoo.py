@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors, models, pipeline, settings, victims, whole_file
+from nad_jax import main as program
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import poisoning, triggers
 from nad_jax.data import sources
@@ -143,21 +144,61 @@ def read_net(path: str) -> tuple[base.Net, str]:
 
 
 def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSettings:
-    """The config of a run on a victim of the zoo, with the victim's own recipe."""
+    """The config of a run on a victim of the zoo, with the victim's own recipe.
+
+    Where its data lie, and how they are read, is the config's affair.
+
+    Raises:
+      InputError: there is no such victim; or a setting would be dropped that is neither
+        the recipe's nor the shipped config's.
+    """
     if config.zoo is None:
         return config
     manifest = read_manifest(config.zoo, folder())
     recipe = _parse(manifest["recipe"])
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         config,
         title=f"{config.zoo} from the zoo, and its repair",
-        data=dataclasses.replace(recipe["data"], data_dir=config.data.data_dir),
+        data=dataclasses.replace(
+            recipe["data"],
+            data_dir=config.data.data_dir,
+            loader=config.data.loader,
+            workers=config.data.workers,
+        ),
         model=recipe["model"],
         victim=recipe["victim"],
         attack=recipe["attack"],
         # There is no clean model in the zoo.
         defense=dataclasses.replace(config.defense, clean_model_rows=()),
+        victim_workdir=None,
     )
+    shipped = settings.parse(
+        program.shipped_config("nad.py", f"zoo/{config.zoo}").to_dict()
+    )
+    given, *kept = map(dataclasses.asdict, (config, shipped, resolved))
+    if dropped := _values_beside(given, kept):
+        raise errors.InputError(
+            f"the victim {config.zoo} of the zoo brings its own data, model and "
+            f"training; it cannot take {', '.join(dropped)}"
+        )
+    return resolved
+
+
+def _values_beside(
+    given: Any, others: Sequence[Any], where: str = "config"
+) -> list[str]:
+    """Every key of a nested mapping whose value is in none of the others."""
+    if not isinstance(given, dict):
+        return [] if given in others else [f"{where}={given!r}"]
+    return [
+        line
+        for key, value in given.items()
+        for line in _values_beside(
+            value,
+            [other.get(key) if isinstance(other, dict) else None for other in others],
+            f"{where}.{key}",
+        )
+    ]
 
 
 def add(

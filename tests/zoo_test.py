@@ -290,24 +290,61 @@ def test_without_a_zoo_one_line_says_where_it_is(monkeypatch, capsys, tmp_path):
 @pytest.mark.slow
 def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
     monkeypatch.setattr(zoo, "_FOLDERS", (filled,))
-    training = settings.TrainingSettings(epochs=7)
-    config = settings.NadExperimentSettings(
-        title="",
-        data=settings.DataSettings("cifar10", data_dir="here"),
-        model=settings.ModelSettings("wrn_16_1"),
-        victim=training,
-        attack=settings.PoisoningSettings(settings.TriggerSettings("grid")),
-        defense=settings.RepairSettings(
-            training, settings.NadSettings({"stage1": 1.0})
-        ),
-        zoo="one",
-    )
-    resolved = zoo.resolve(config)
-    assert resolved.data == settings.DataSettings("digits", "here", 8)
+    sections = main.shipped_config("nad.py", "zoo/one")
+    sections.data.update(data_dir="here", loader="stream", workers=2)
+    sections.defense.training.epochs = 7
+    resolved = zoo.resolve(settings.parse(sections.to_dict()))
+    data = settings.DataSettings("digits", "here", 8, loader="stream", workers=2)
+    assert resolved.data == data
     assert resolved.model.name == "resnet_8" and resolved.attack.name == "wanet"
     assert resolved.attack.trigger.options == {"grid_size": 2, "strength": 1.0}
     assert resolved.defense.training.epochs == 7
     assert resolved.defense.clean_model_rows == ()
+    assert zoo.resolve(resolved) == resolved
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attack.poison_rate", 0.5),
+        ("model.name", "resnet_8"),
+        ("victim.epochs", 3),
+        ("data.image_size", 8),
+        ("title", "my own"),
+        ("victim_workdir", "/nonexistent"),
+        ("defense.clean_model_rows", ("nad",)),
+    ],
+)
+def test_a_setting_that_would_be_dropped_is_refused(key, value, tmp_path, capsys):
+    """Else the command in the report would tell what was not done."""
+    config = f"--config={main.shipped('nad.py')}:zoo/digits-blend"
+    command = ["main", config, f"--config.{key}={value}", f"--workdir={tmp_path}/run"]
+    assert main.main(command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"cannot take config.{key}={value!r}" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trigger_of_ones_own_config_is_refused():
+    sections = main.shipped_config("nad.py", "blend")
+    sections.zoo = "digits-blend"
+    zoo.resolve(settings.parse(sections.to_dict()))
+    sections.attack.trigger.alpha = 0.1
+    with pytest.raises(errors.InputError, match="config.attack.trigger.*alpha=0.1"):
+        zoo.resolve(settings.parse(sections.to_dict()))
+
+
+def test_what_is_the_recipes_or_the_defenders_may_be_said():
+    sections = main.shipped_config("nad.py", "zoo/digits-blend")
+    plain = zoo.resolve(settings.parse(sections.to_dict()))
+    sections.attack.name = "blend"
+    sections.victim.epochs = 14
+    sections.defense.clean_model_rows = ()
+    assert zoo.resolve(settings.parse(sections.to_dict())) == plain
+    sections.seeds = (1, 2)
+    sections.defense.clean_fraction = 0.1
+    changed = zoo.resolve(settings.parse(sections.to_dict()))
+    assert changed.seeds == (1, 2) and changed.defense.clean_fraction == 0.1
 
 
 @pytest.mark.slow
