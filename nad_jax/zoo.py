@@ -149,8 +149,8 @@ def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSet
     Where its data lie, and how they are read, is the config's affair.
 
     Raises:
-      InputError: there is no such victim; or a setting would be dropped that is neither
-        the recipe's nor the shipped config's.
+      InputError: there is no such victim; or a setting other than the title would be
+        dropped that is neither the recipe's nor the shipped config's.
     """
     if config.zoo is None:
         return config
@@ -175,7 +175,8 @@ def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSet
     shipped = settings.parse(
         program.shipped_config("nad.py", f"zoo/{config.zoo}").to_dict()
     )
-    given, *kept = map(dataclasses.asdict, (config, shipped, resolved))
+    named_alike = dataclasses.replace(config, title=resolved.title)
+    given, *kept = map(dataclasses.asdict, (named_alike, shipped, resolved))
     if dropped := _values_beside(given, kept):
         raise errors.InputError(
             f"the victim {config.zoo} of the zoo brings its own data, model and "

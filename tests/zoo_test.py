@@ -310,7 +310,6 @@ def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
         ("model.name", "resnet_8"),
         ("victim.epochs", 3),
         ("data.image_size", 8),
-        ("title", "my own"),
         ("victim_workdir", "/nonexistent"),
         ("defense.clean_model_rows", ("nad",)),
     ],
