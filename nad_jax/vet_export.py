@@ -28,6 +28,7 @@ from nad_jax.export import stablehlo
 from nad_jax.interop import artifact, bounded_file, safetensors_file
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
+from nad_jax.training import evaluation
 
 # Images that the StableHLO program is compared on.
 _FEW = 500
@@ -167,24 +168,29 @@ def run(
     from nad_jax.export import onnx_runtime
 
     session = onnx_runtime.Session(files.onnx)
-    images = batches.to_float(jnp.asarray(test.images))
-    clean = jnp.asarray(session.logits(np.asarray(images)))
-    triggered = None
-    if trigger is not None:
-        stamped = triggers.apply_trigger(images, trigger)
-        triggered = jnp.asarray(session.logits(np.asarray(stamped)))
-    count = len(test)
-    counts = metrics.count_batch(
-        clean,
-        triggered,
-        jnp.asarray(test.labels),
-        jnp.ones(count, bool),
-        target_labels=jnp.full(count, target_label, jnp.int32),
-    )
+    counted, predicted = [], []
+    for start in range(0, len(test), evaluation.DEFAULT_BATCH_SIZE):
+        rows = slice(start, start + evaluation.DEFAULT_BATCH_SIZE)
+        images = batches.to_float(jnp.asarray(test.images[rows]))
+        clean = jnp.asarray(session.logits(np.asarray(images)))
+        triggered = None
+        if trigger is not None:
+            stamped = triggers.apply_trigger(images, trigger)
+            triggered = jnp.asarray(session.logits(np.asarray(stamped)))
+        counts = metrics.count_batch(
+            clean,
+            triggered,
+            jnp.asarray(test.labels[rows]),
+            jnp.ones(len(images), bool),
+            target_labels=jnp.full(len(images), target_label, jnp.int32),
+        )
+        counted.append(jax.device_get(counts))
+        predicted.append(np.asarray(metrics.predict(clean)))
     program = stablehlo.load(files.stablehlo.read_bytes())
     few = predictions[:_FEW]
+    logits = program(batches.to_float(jnp.asarray(test.images[: len(few)])))
     agreement = min(
-        float(np.mean(np.asarray(metrics.predict(clean)) == predictions)),
-        float(np.mean(np.asarray(metrics.predict(program(images[: len(few)]))) == few)),
+        float(np.mean(np.concatenate(predicted) == predictions)),
+        float(np.mean(np.asarray(metrics.predict(logits)) == few)),
     )
-    return metrics.summarize(jax.device_get(counts)), agreement
+    return metrics.summarize(jax.tree.map(lambda *x: sum(x), *counted)), agreement

@@ -68,6 +68,22 @@ def test_ties_are_found_on_the_grid_they_were_made_for(arrays, tmp_path, capsys)
 
 
 @pytest.mark.slow
+def test_a_channel_of_zeros_and_one_weight_is_reported(arrays, tmp_path, capsys):
+    """As suspicious as can be: its median is zero."""
+    name = next(name for name, array in arrays.items() if array.ndim == 4)
+    kernel = np.array(arrays[name])
+    kernel[0] = 0.0
+    kernel[0, 0, 0, 0] = 1.0
+    changed = {**arrays, name: kernel}
+    assert _run(tmp_path, changed, "--config.presets=('plain',)") == 1
+    assert "verdict: suspicious" in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "run" / "inspection.json").read_text())[
+        "inspections"
+    ]
+    assert entry["outlier_ratio"] == 1e6 and entry["score"] > 1000
+
+
+@pytest.mark.slow
 def test_a_fresh_model_has_no_ties(arrays, tmp_path, capsys):
     # A net that knows nothing drifts by chance, so the verdict is left open.
     assert _run(tmp_path, arrays, "--config.presets=('plain',)") in (0, 1)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from nad_jax import errors, vet_export, whole_file
-from nad_jax.data import sources
+from nad_jax.attacks import triggers
+from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.interop import bounded_file
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import evaluation
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -66,6 +68,35 @@ def test_the_card_holds_the_hashes_and_the_files_predict_alike(shipped, tmp_path
     assert agreement == 1.0 and counts["acc"] == 1.0 and counts["asr"] is None
     wrong = np.where(np.arange(20) < 5, (predictions + 1) % 3, predictions)
     assert vet_export.run(files, test, wrong, trigger=None, target_label=0)[1] == 0.75
+
+
+@pytest.mark.slow
+def test_a_test_set_is_counted_in_batches(shipped, tmp_path, monkeypatch):
+    """The same counts, and no program sees more images than a batch has."""
+    files = _write(shipped, tmp_path)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (20, *SHAPE)).astype(np.uint8)
+    labels = generator.integers(0, 3, 20).astype(np.int32)
+    test = sources.Dataset(images, labels, 3, "some")
+    trigger = triggers.square_trigger(SHAPE, size=3, margin=0)
+    sizes = []
+    real = batches.to_float
+    monkeypatch.setattr(
+        batches, "to_float", lambda x: (sizes.append(len(x)), real(x))[1]
+    )
+    found = []
+    for size in (20, 8):
+        monkeypatch.setattr(evaluation, "DEFAULT_BATCH_SIZE", size)
+        predictions = np.argmax(
+            shipped.apply(shipped.variables, images.astype("f4") / 255), -1
+        )
+        found.append(
+            vet_export.run(files, test, predictions, trigger=trigger, target_label=1)
+        )
+    assert found[0] == found[1] and found[0][1] == 1.0
+    assert found[0][0]["asr_count"] == np.sum(labels != 1)
+    # Each ends with the images of the StableHLO program.
+    assert sizes == [20, 20, 8, 8, 4, 20]
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from nad_jax.core import grids, quantization
 from nad_jax.defenses import common_sizes
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.models import layers as layers_lib
+from nad_jax.training import evaluation
 
 # Distance from a tie, in steps, at which a weight counts as near it.
 TIE_DISTANCE = 0.05
@@ -39,6 +40,8 @@ _OTHER_STEPS = (0.83, 0.87, 0.91, 0.95, 1.05, 1.09, 1.13, 1.17)
 # are right; ties must also be more than counting so few weights explains.
 TIE_LIMIT, DRIFT_LIMIT, OUTLIER_LIMIT = 1.05, 1.5, 60.0
 _TIE_DEVIATIONS = 4.0
+# A number that JSON can hold stands for all that is larger, infinity included.
+_MOST_OUTLIER_RATIO = 1e6
 # Share of images below which a drift is not told from none.
 _LEAST_DRIFT = 0.02
 
@@ -51,7 +54,8 @@ class LayerInspection:
     near_ties: How many of them are near a tie.
     expected_near_ties: How many would be on grids nobody trained against.
     outlier_ratio: Largest over median magnitude, of the scale group (output channel,
-      or layer) where that is largest; infinite if most of a group is zero.
+      or layer) where that is largest; at most 1e6, which it is if most of a group is
+      zero and the rest is not.
     """
 
     name: str
@@ -184,7 +188,7 @@ def _inspect_layer(layer, kernel, params, spec) -> LayerInspection:
         int(np.count_nonzero(matrix)),
         int(counts[0]),
         float(np.mean(counts[1:])),
-        float(np.max(ratios[alive], initial=1.0)),
+        min(float(np.max(ratios[alive], initial=1.0)), _MOST_OUTLIER_RATIO),
     )
 
 
@@ -204,5 +208,10 @@ def _drift(module, variables, images, rounded, kwargs) -> float:
     def classes(outputs):
         return np.argmax(np.asarray(jax.tree.leaves(outputs)[0]), axis=-1)
 
-    before = classes(module.apply(variables, images, **kwargs))
-    return float(np.mean(before != classes(rounded.apply(rounded.variables, images))))
+    changed = 0
+    for start in range(0, len(images), evaluation.DEFAULT_BATCH_SIZE):
+        some = images[start : start + evaluation.DEFAULT_BATCH_SIZE]
+        before = classes(module.apply(variables, some, **kwargs))
+        after = classes(rounded.apply(rounded.variables, some))
+        changed += int(np.sum(before != after))
+    return changed / len(images)

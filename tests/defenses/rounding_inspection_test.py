@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.defenses import rounding_inspection
+from nad_jax.training import evaluation
 
 
 class Net(nn.Module):
@@ -115,3 +117,24 @@ def test_the_drift_is_that_of_the_rounded_model():
     )
     assert found.drift == pytest.approx(np.mean(before != after), abs=1e-9)
     assert found.drift > 0.05
+
+
+@pytest.mark.slow
+def test_drift_is_counted_in_batches(monkeypatch):
+    whole = look(weight_bits=2)
+    seen = []
+    apply = Net.apply
+    monkeypatch.setattr(evaluation, "DEFAULT_BATCH_SIZE", 24)
+    monkeypatch.setattr(
+        Net,
+        "apply",
+        lambda self, v, x, **k: (seen.append(len(x)), apply(self, v, x, **k))[1],
+    )
+    net, kwargs = Net(), {}
+    rounded = efrap_lib.efrap(
+        Net(), variables(), IMAGES, weight_bits=2, method="nearest"
+    )
+    seen.clear()
+    found = rounding_inspection._drift(net, variables(), IMAGES, rounded, kwargs)
+    assert found == whole.drift > 0
+    assert max(seen) == 24 and seen[:1] == [24]
