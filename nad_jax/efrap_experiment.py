@@ -60,10 +60,13 @@ def run(
       command: The command line, for the report.
     """
     canary = environment.check_canary()
+    teacher = None
     if config.repairs is not None:
-        repairs.given_teacher(config.repairs, workdir)
+        teacher = repairs.given_teacher(config.repairs, workdir)
     with workdir.timed("data"):
         scene = set_scene(config, workdir)
+    if config.repairs is not None:
+        repairs.check(config.repairs, scene.model, scene.train, teacher)
     rows: list[schema.Row] = []
     layers: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []

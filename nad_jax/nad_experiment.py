@@ -67,9 +67,10 @@ def run(
     """
     config = zoo.resolve(config)
     canary = environment.check_canary()
-    repairs.given_teacher(config.defense, workdir)
+    teacher = repairs.given_teacher(config.defense, workdir)
     with workdir.timed("data"):
         scene = _set_scene(config, workdir)
+    repairs.check(config.defense, scene.model, scene.train, teacher)
     inmate = None if config.zoo is None else _from_zoo(config.zoo, workdir)
     rows: list[schema.Row] = []
     figures = None
@@ -156,6 +157,8 @@ def _set_scene(
     train, test = pipeline.load_data(config.data, workdir)
     attack = config.attack
     pipeline.check_target(attack.target_label, train)
+    if config.zoo is None:
+        victims.check(attack, train)
     model = models.build(
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )

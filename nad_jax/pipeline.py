@@ -92,8 +92,8 @@ def _data_digest(dataset: sources.Dataset) -> str:
     if isinstance(images, stored.Images):
         digest.update(images.reader.identity.encode())
     else:
-        digest.update(np.ascontiguousarray(images).reshape(-1))
-    digest.update(np.ascontiguousarray(dataset.labels))
+        digest.update(np.ascontiguousarray(images).reshape(-1).data)
+    digest.update(np.ascontiguousarray(dataset.labels).data)
     return digest.hexdigest()
 
 

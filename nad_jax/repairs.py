@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 
-from nad_jax import settings, zoo
+from nad_jax import errors, settings, zoo
 from nad_jax import workdir as workdir_lib
+from nad_jax.data import sources
 from nad_jax.defenses import base, fine_pruning, fine_tuning, mode_connectivity, nad
+from nad_jax.models import common
 from nad_jax.training import agreement, loop
 
 
@@ -51,6 +53,45 @@ def given_teacher(
     net, sha256 = agreement.read_in_all(lambda: zoo.read_net(path))
     workdir.check_input("teacher", sha256)
     return net
+
+
+def check(
+    defense: settings.RepairSettings,
+    model: Any,
+    train: sources.Dataset,
+    teacher: base.Net | None,
+) -> None:
+    """Refuses what a repair would refuse once its victim is trained.
+
+    Args:
+      defense: Of the run.
+      model: Architecture of the victims.
+      train: Clean training images.
+      teacher: That of `given_teacher`.
+
+    Raises:
+      InputError: no image is held out for those who decide on such; betas of stages
+        that the model does not have, or whose map is 1x1; a teacher of other stages.
+    """
+    # How many there are does not depend on the key.
+    rows, held_out = base.clean_indices(
+        jax.random.key(0),
+        train.labels,
+        fraction=defense.clean_fraction,
+        validation_fraction=defense.validation_fraction,
+    )
+    deciding = defense.deciding()
+    if deciding and not len(held_out):
+        raise errors.InputError(
+            f"clean_fraction {defense.clean_fraction:g} and validation_fraction "
+            f"{defense.validation_fraction:g} leave none of {len(rows)} clean images "
+            f"held out for {', '.join(deciding)}"
+        )
+    wanted = (*defense.rows, *defense.clean_model_rows)
+    if any(name.startswith("nad") for name in wanted):
+        shapes = common.expected_shapes(model, train.images.shape[1:])
+        one_image = base.clean_data(train, rows[:1], rows[:0])
+        nad.check(base.Net(model, shapes), one_image, defense.nad, teacher=teacher)
 
 
 class Stages:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nad_jax import pipeline, settings
+from nad_jax import errors, pipeline, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import clean_label, poisoning, triggers, trojan
 from nad_jax.data import sources
@@ -29,6 +29,25 @@ class Victims(NamedTuple):
 
     models: dict[str, Any]
     trigger: triggers.Trigger
+
+
+def check(attack: settings.PoisoningSettings, train: sources.Dataset) -> None:
+    """Raises InputError for what `obtain` would find out after its first training.
+
+    Args:
+      attack: Section of the config.
+      train: Clean training images.
+    """
+    trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
+    # How many there are to choose from does not depend on the key.
+    _poisoned_rows(attack, train.labels, jax.random.key(0))
+    if attack.noise_ratio and trigger.field is None:
+        raise errors.InputError(
+            "config.attack.noise_ratio must be 0 for a trigger that does not bend, got "
+            f"{attack.noise_ratio} with {attack.trigger.name}"
+        )
+    if attack.trojan is not None:
+        trojan.check_trigger(trigger)
 
 
 def obtain(
@@ -110,6 +129,19 @@ def obtain(
     return Victims(subjects, trigger)
 
 
+def _poisoned_rows(
+    attack: settings.PoisoningSettings, labels: np.ndarray, key: jax.Array
+) -> np.ndarray:
+    """Which training images are poisoned, int64 `[M]`, ascending."""
+    return poisoning.poison_indices(
+        key,
+        labels,
+        poison_rate=attack.poison_rate,
+        mode=attack.label_mode,
+        target_label=attack.target_label,
+    )
+
+
 def _poisoned(
     attack: settings.PoisoningSettings,
     train: sources.Dataset,
@@ -123,13 +155,7 @@ def _poisoned(
 
     Only the images that change are held, so the others may stay in their files.
     """
-    rows = poisoning.poison_indices(
-        poison_key,
-        train.labels,
-        poison_rate=attack.poison_rate,
-        mode=attack.label_mode,
-        target_label=attack.target_label,
-    )
+    rows = _poisoned_rows(attack, train.labels, poison_key)
     bent_rows = np.zeros(0, rows.dtype)
     row_key, field_key = jax.random.split(noise_key)
     if attack.noise_ratio:

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from nad_jax import efrap_experiment, errors, nad_experiment, repairs, settings,
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
 from nad_jax.defenses import base, nad
+from nad_jax.models import common
 
 # Variant of a config, the section with its repairs, and what runs it.
 JOBS = {
@@ -100,3 +102,102 @@ def test_logits_that_cannot_count_are_refused_by_name(field, value):
     sections["defense"]["victim_logits"][field] = value
     with pytest.raises(errors.InputError, match=f"victim_logits.{field} must be > 0"):
         settings.parse(sections)
+
+
+class _Net(nn.Module):
+    """Stages of the sizes it is told."""
+
+    sides: tuple[int, ...]
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        features = {
+            f"stage{i}": nn.Conv(2, (1, 1))(images)[:, :side, :side]
+            for i, side in enumerate(self.sides, start=1)
+        }
+        return nn.Dense(self.num_classes)(images.mean(axis=(1, 2))), features
+
+
+def _net(*sides):
+    model = _Net(sides)
+    return base.Net(model, common.expected_shapes(model, (4, 4, 3)))
+
+
+def _check(teacher=None, sides=(4, 2, 2), **changes):
+    config = settings.parse(nad_config.get_config("smoke").to_dict())
+    labels = np.arange(50, dtype=np.int32) % 10
+    train = sources.Dataset(np.zeros((50, 4, 4, 3), np.uint8), labels, 10, "small")
+    defense = dataclasses.replace(config.defense, **changes)
+    repairs.check(defense, _Net(sides), train, teacher)
+
+
+def _betas(*names, factors=(1.0,)):
+    return settings.NadSettings(dict.fromkeys(names, 1.0), beta_factors=factors)
+
+
+@pytest.mark.slow
+def test_repairs_that_can_be_are_not_refused():
+    _check()
+    _check(teacher=_net(4, 2, 2, 2))
+    # Nobody asks stages that do not count, or where nothing distils.
+    _check(nad=settings.NadSettings({"stage1": 1.0, "stage2": 0.0}), sides=(4, 1))
+    _check(nad=_betas("stage1", factors=(0.0,)), sides=(1,))
+    _check(rows=("fine_tuning",), clean_model_rows=(), nad=_betas("stage9"))
+    _check(clean_fraction=0.1, rows=("nad",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nad": _betas("stage1", "stage9")}, "must name stages of .*, got stage9"),
+        ({"sides": (4, 2, 1)}, "'stage3' of the victim is .1, 1, 2. per image"),
+        ({"teacher": _net(4, 2)}, "must name stages of stage1, stage2, got stage3"),
+        ({"teacher": _net(4, 2, 1)}, "'stage3' of the teacher is .1, 1, 2."),
+        ({"teacher": _net(4, 2, 3)}, "teacher has a map of .3, 3., of the victim"),
+        (
+            {"clean_fraction": 0.1},
+            "clean_fraction 0.1 and validation_fraction 0.1 leave none of 5 clean "
+            "images held out for fine_pruning, mode_connectivity.positions",
+        ),
+        (
+            {"clean_fraction": 0.1, "rows": ("nad",), "patience": 2},
+            "none of 5 clean images held out for patience",
+        ),
+    ],
+)
+def test_what_a_repair_would_refuse_is_known_by_shapes(changes, words):
+    with pytest.raises(errors.InputError, match=words):
+        _check(**changes)
+
+
+def test_a_given_teacher_is_read_once(tmp_path, monkeypatch):
+    config = settings.parse(nad_config.get_config("smoke").to_dict())
+    defense = dataclasses.replace(config.defense, teacher="file")
+    net, reads = base.Net(None, None), []
+
+    def read(path):
+        reads.append(path)
+        return net, "1" * 64
+
+    monkeypatch.setattr(zoo, "read_net", read)
+    with contextlib.closing(workdir_lib.Workdir(tmp_path / "run", {})) as workdir:
+        patient = repairs.Patient("backdoored", 0, net, None, None)
+        stages = repairs.Stages(defense, workdir, patient)
+        assert stages.teacher() == stages.teacher() == (net, 0.0)
+    assert reads == ["file"]
+
+
+def test_a_run_goes_on_with_the_victim_of_the_zoo_it_began_with(tmp_path, monkeypatch):
+    hashes = iter(["1" * 64, "1" * 64, "2" * 64])
+
+    def load(name, folder):
+        return zoo.Victim(None, None, {"sha256": next(hashes)})
+
+    monkeypatch.setattr(zoo, "load", load)
+    with contextlib.closing(workdir_lib.Workdir(tmp_path / "run", {})) as workdir:
+        for _ in range(2):
+            nad_experiment._from_zoo("one", workdir)
+        with pytest.raises(errors.InputError, match="another victim of the zoo"):
+            nad_experiment._from_zoo("one", workdir)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Victims from files: poisoned alike, and trained as the config says, or refused."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
@@ -139,6 +140,65 @@ def test_what_cannot_be_streamed_is_refused(config, options, words, tmp_path, ca
     assert main.main([*command, *options]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and words in said
+
+
+WARP = settings.TriggerSettings("warp", {"grid_size": 2, "strength": 1.0})
+
+
+def _ten_classes() -> sources.Dataset:
+    images = np.zeros((40, 8, 8, 3), np.uint8)
+    return sources.Dataset(images, np.arange(40, dtype=np.int32) % 10, 10, "small")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "changes", "words"),
+    [
+        (
+            "badnets",
+            {"trigger": settings.TriggerSettings("nope")},
+            "must be of .*blend",
+        ),
+        ("badnets", {"noise_ratio": 0.5}, "noise_ratio must be 0 .* got 0.5 with grid"),
+        ("badnets", {"poison_rate": 0.01}, "0.01 selects none of 40 images"),
+        ("sig", {"poison_rate": 0.5}, "clean_label allows at most 0.1"),
+        ("trojan", {"trigger": WARP}, "needs one picture"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused(variant, changes, words):
+    attack = _attack(variant)
+    victims.check(attack, _ten_classes())
+    with pytest.raises(errors.InputError, match=words):
+        victims.check(dataclasses.replace(attack, **changes), _ten_classes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        ("nad.py:smoke", ["attack.trigger.name=nope"], "trigger.name must be of"),
+        (
+            "nad.py:smoke",
+            ["defense.clean_fraction=0.003"],
+            "none of 4 clean images held out for fine_pruning, mode_connectivity",
+        ),
+        (
+            "efrap.py:controls+smoke",
+            ["repairs.clean_fraction=0.003", "repairs.rows=('fine_pruning',)"],
+            "none of 4 clean images held out for fine_pruning",
+        ),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_all(
+    config, options, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("somebody trains"))
+    command = ["main", f"--config={CONFIG.parent / config}"]
+    command += [f"--config.{option}" for option in options]
+    assert main.main([*command, f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("job", ["vet", "audit"])

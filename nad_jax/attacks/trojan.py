@@ -58,11 +58,8 @@ def optimise(
       InputError: a trigger that shows nothing, a model that does not end in a Dense
         layer, or one with fewer neurons.
     """
+    check_trigger(trigger)
     pattern = jnp.asarray(trigger.pattern, jnp.float32)
-    if pattern.ndim != 3 or not np.any(np.asarray(trigger.mask)):
-        raise errors.InputError(
-            "a trojan trigger needs one picture under a mask, such as a square"
-        )
     sample = batches.to_float(jnp.asarray(images[:_IMAGES]))
     path = head.find(model, variables, sample)
     kernel = layers_lib.get_in(variables["params"], path)["kernel"]
@@ -95,6 +92,14 @@ def optimise(
     for _ in range(trojan.steps):
         pattern, opt_state = step(pattern, opt_state)
     return trigger._replace(pattern=jnp.round(pattern * 255) / 255)
+
+
+def check_trigger(trigger: triggers.Trigger) -> None:
+    """Raises InputError unless the trigger is one picture that shows."""
+    if np.ndim(trigger.pattern) != 3 or not np.any(np.asarray(trigger.mask)):
+        raise errors.InputError(
+            "a trojan trigger needs one picture under a mask, such as a square"
+        )
 
 
 def choose_neurons(kernel: np.ndarray, count: int) -> np.ndarray:

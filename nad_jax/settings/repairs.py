@@ -183,18 +183,21 @@ class RepairSettings:
         check(self, "validation_fraction", good, "in [0, 1)")
         check(self, "sharpness_radius", self.sharpness_radius > 0, "> 0")
         check_patience(self)
-        if self.validation_fraction == 0:
-            rows = {*self.rows, *self.clean_model_rows}
-            decides = {
-                "fine_pruning": "fine_pruning" in rows,
-                "mode_connectivity.positions": "mode_connectivity" in rows
-                and len(self.mode_connectivity.positions) > 1,
-                "nad.beta_factors": len(self.nad.beta_factors) > 1,
-                "patience": self.patience is not None,
-            }
-            deciding = [name for name, does in decides.items() if does]
-            if deciding:
-                raise InputError(
-                    f"validation_fraction must be above 0 for {', '.join(deciding)}, "
-                    "which decide on held-out images, got 0.0"
-                )
+        deciding = self.deciding()
+        if self.validation_fraction == 0 and deciding:
+            raise InputError(
+                f"validation_fraction must be above 0 for {', '.join(deciding)}, "
+                "which decide on held-out images, got 0.0"
+            )
+
+    def deciding(self) -> list[str]:
+        """What of these settings decides on held-out images."""
+        rows = {*self.rows, *self.clean_model_rows}
+        decides = {
+            "fine_pruning": "fine_pruning" in rows,
+            "mode_connectivity.positions": "mode_connectivity" in rows
+            and len(self.mode_connectivity.positions) > 1,
+            "nad.beta_factors": len(self.nad.beta_factors) > 1,
+            "patience": self.patience is not None,
+        }
+        return [name for name, does in decides.items() if does]
