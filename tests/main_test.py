@@ -262,6 +262,49 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_with_its_code(tmp_path):
+    """By launch/local.sh; SIGTERM to process 1 is 0 in process 0, too."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (tmp_path / "stderr").open("w+") as stderr:
+        launched = subprocess.Popen(
+            [
+                *("bash", str(ROOT / "launch" / "local.sh"), "2", "--", SMOKE),
+                f"--workdir={metrics.parent}",
+                "--config.victim.epochs=100000",
+            ],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": "", "PYTHON": sys.executable},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+        try:
+            deadline = time.monotonic() + 400
+            while not metrics.exists() or not metrics.stat().st_size:
+                assert time.monotonic() < deadline and launched.poll() is None
+                time.sleep(0.1)
+            second = _child(launched.pid, "--process_id=1")
+            os.kill(second, signal.SIGTERM)
+            code = launched.wait(timeout=120)
+        finally:
+            launched.terminate()
+            launched.wait()
+        stderr.seek(0)
+        said = stderr.read()
+    assert code == 0, said
+    assert said.count("goes on from there") == 1
+    assert list((tmp_path / "run" / "checkpoints").glob("*.unfinished/*/[0-9]*"))
+
+
+def _child(parent: int, argument: str) -> int:
+    """The child process that was started with an argument."""
+    listing = subprocess.check_output(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(parent)], text=True
+    )
+    (line,) = [line for line in listing.splitlines() if argument in line.split()]
+    return int(line.split()[0])
+
+
+@pytest.mark.slow
 def test_two_processes_write_the_report_of_one(finished, tmp_path):
     """By launch/local.sh; process 0 finds the victims and tells the other."""
     rows = ("float", "nearest", "efrap")
