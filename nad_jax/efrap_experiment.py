@@ -107,7 +107,7 @@ def set_scene(
     """Everything that does not depend on the seed; `workdir` as in `load_data`."""
     train, test = pipeline.load_data(config.data, workdir)
     attack = config.attack
-    pipeline.check_target(attack.target_label, train)
+    pipeline.check_target(attack.target_label, train, test)
     model = models.build(
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )

@@ -156,7 +156,7 @@ def _set_scene(
 ) -> _Scene:
     train, test = pipeline.load_data(config.data, workdir)
     attack = config.attack
-    pipeline.check_target(attack.target_label, train)
+    pipeline.check_target(attack.target_label, train, test)
     if config.zoo is None:
         victims.check(attack, train)
     model = models.build(

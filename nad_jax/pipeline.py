@@ -24,7 +24,7 @@ from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.core import attention
 from nad_jax.data import batches, sources, stored
-from nad_jax.report import html, schema, tables
+from nad_jax.report import html, pictures, schema, tables
 from nad_jax.settings import checks
 from nad_jax.training import (
     agreement,
@@ -98,19 +98,33 @@ def _data_digest(dataset: sources.Dataset) -> str:
 
 
 def check_target(
-    target_label: int, dataset: sources.Dataset, *, where: str = "config.attack"
+    target_label: int,
+    train: sources.Dataset,
+    test: sources.Dataset,
+    *,
+    where: str = "config.attack",
 ) -> None:
-    """Raises InputError if the data set has no such class.
+    """Raises InputError unless an attack on that class can be made and measured.
 
     Args:
       target_label: At least 0.
-      dataset: What is attacked.
+      train: What is attacked.
+      test: What success is measured on.
       where: Section of the config that holds `target_label`, for the message.
     """
-    if not target_label < dataset.num_classes:
+    if train.num_classes < 2:
         raise errors.InputError(
-            f"{where}.target_label must be below {dataset.num_classes}, the "
-            f"number of classes of {dataset.name}, got {target_label}"
+            f"{train.name} has {train.num_classes} class; an attack needs at least 2"
+        )
+    if not target_label < train.num_classes:
+        raise errors.InputError(
+            f"{where}.target_label must be below {train.num_classes}, the "
+            f"number of classes of {train.name}, got {target_label}"
+        )
+    if np.all(test.labels == target_label):
+        raise errors.InputError(
+            f"every test image of {test.name} is of the class {target_label}, "
+            f"{where}.target_label; an attack is measured on those of other classes"
         )
 
 
@@ -349,11 +363,12 @@ def draw(
         }
         for i, image in enumerate((clean[0], triggered[0])):
             shown = {s: m[i] / max(float(m[i].max()), 1e-12) for s, m in maps.items()}
-            attention_maps.append((tables.row_label(name), image, shown))
+            name_shown = tables.row_label(name)
+            attention_maps.append((name_shown, pictures.visible(image), shown))
     return html.Figures(
-        trigger=_to_uint8(triggers.apply_trigger(blank, trigger))[0],
-        clean_samples=clean,
-        triggered_samples=triggered,
+        trigger=pictures.visible(_to_uint8(triggers.apply_trigger(blank, trigger)))[0],
+        clean_samples=pictures.visible(clean),
+        triggered_samples=pictures.visible(triggered),
         attention=tuple(attention_maps),
     )
 

@@ -221,7 +221,7 @@ def _set_scene(
     )
     trigger = None
     if config.trigger.name != _NO_TRIGGER:
-        pipeline.check_target(config.target_label, train, where="config")
+        pipeline.check_target(config.target_label, train, test, where="config")
         trigger = pipeline.build_trigger(
             config.trigger, image_shape, where="config", other_names=[_NO_TRIGGER]
         )
