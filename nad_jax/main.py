@@ -109,14 +109,18 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
         raise errors.InputError(f"--config cannot be read: {error}") from None
     if len(rest) > 1:
         raise errors.InputError(f"unexpected argument {rest[1]!r}; see --help")
-    if config.value is None:
+    if not config.present:
         raise errors.InputError(
             "--config is missing; shipped ones are "
             f"{', '.join(f'configs/{name}' for name in _shipped_names())}"
         )
-    name = pathlib.Path(
-        config_flags.get_config_filename(values["config"]).split(":")[0]
-    ).stem
+    file_name = config_flags.get_config_filename(values["config"])
+    if not isinstance(config.value, ml_collections.ConfigDict):
+        raise errors.InputError(
+            f"get_config of {file_name} must return an ml_collections.ConfigDict, got "
+            f"{config.value!r:.80}"
+        )
+    name = pathlib.Path(file_name.split(":")[0]).stem
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     typed = settings.parse(config.value.to_dict())
     mode, *others = join_flags
@@ -229,7 +233,7 @@ def _run(config: Any, path: str, how: dict[str, Any], argv: Sequence[str]) -> in
     if config.job == "nad":
         config = zoo.resolve(config)
     environment.enable_compile_cache()
-    with _stop_requests() as stop:
+    with stop_requests() as stop:
         stopped = agreement.AgreedFlag(lambda: stop.number)
         workdir = workdir_lib.Workdir(
             path,
@@ -291,7 +295,7 @@ class _StopRequest:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[_StopRequest]:
+def stop_requests() -> Iterator[_StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request; the second ends the process.
 
     A handler in Python runs when the main thread next does, which may be minutes away

@@ -8,8 +8,9 @@
 
 Every cell is a run of configs/nad.py in a folder of its own below the workdir, with the
 rows "fine_tuning" and "nad" and nothing else; the cells of one attack and rate share
-their victims. A repeated command continues where it stopped. Beside the file a drawing
-of the same name is written (.svg). A clean-label attack poisons one class only, and at
+their victims. A repeated command continues where it stopped, also after Ctrl-C or
+SIGTERM, whose exit codes are those of `nad_jax.main`. Beside the file a drawing of the
+same name is written (.svg). A clean-label attack poisons one class only, and at
 most nine tenths of it, whatever the rate.
 """
 
@@ -17,9 +18,11 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
+import signal
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,11 @@ _ROWS = ("fine_tuning", "nad")
 
 
 def sweep(
-    base: settings.NadExperimentSettings, attacks: Mapping[str, Any], grid: Any
+    base: settings.NadExperimentSettings,
+    attacks: Mapping[str, Any],
+    grid: Any,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """All cells, run or read.
 
@@ -43,6 +50,10 @@ def sweep(
       base: Everything but the attack, the rate and the clean fraction.
       attacks: Name -> `settings.PoisoningSettings`.
       grid: Has `poison_rates`, `clean_fractions` and `workdir`.
+      should_stop: Whether the user has asked to stop, as for `Workdir`.
+
+    Raises:
+      Interrupted: the user has; what is finished is kept.
     """
     if base.zoo is not None:
         raise errors.InputError(
@@ -57,13 +68,13 @@ def sweep(
             )
             home = grid.workdir / f"{name}-{rate:g}"
             victims = _with_rows(config, ())
-            _run(victims, home / "victims")
+            _run(victims, home / "victims", should_stop)
             for fraction in grid.clean_fractions:
                 repaired = dataclasses.replace(
                     _with_rows(config, _ROWS, fraction),
                     victim_workdir=str(home / "victims"),
                 )
-                report = _run(repaired, home / f"clean-{fraction:g}")
+                report = _run(repaired, home / f"clean-{fraction:g}", should_stop)
                 cells.append(cell(report))
     return cells
 
@@ -126,11 +137,18 @@ def _with_rows(
 
 
 def _run(
-    config: settings.NadExperimentSettings, path: pathlib.Path
+    config: settings.NadExperimentSettings,
+    path: pathlib.Path,
+    should_stop: Callable[[], bool],
 ) -> Mapping[str, Any]:
     """The report of a run, from its folder if it is finished."""
     with contextlib.closing(
-        workdir_lib.Workdir(path, dataclasses.asdict(config), origin=pipeline.origin())
+        workdir_lib.Workdir(
+            path,
+            dataclasses.asdict(config),
+            should_stop=should_stop,
+            origin=pipeline.origin(),
+        )
     ) as workdir:
         if (path / "report.json").is_file():
             return schema.read_report(path / "report.json")
@@ -167,34 +185,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=_numbers(int), default=(0, 1, 2))
     arguments = parser.parse_args(argv)
-    changes = {"seeds": arguments.seeds}
-    if arguments.data_dir is not None:
-        changes["data.data_dir"] = arguments.data_dir
+    command = " ".join(["python -m nad_jax.nad_sweep", *(argv or sys.argv[1:])])
     try:
         environment.use_cpu_cores()
         environment.enable_compile_cache()
-        scale = arguments.variant
-        base = _config(scale, changes)
-        chosen = {
-            name: _config("+".join(filter(None, (scale, name))), changes).attack
-            for name in arguments.attacks
-        }
-        cells = sweep(base, chosen, arguments)
-        result = {
-            "schema": FORMAT,
-            "command": " ".join(
-                ["python -m nad_jax.nad_sweep", *(argv or sys.argv[1:])]
-            ),
-            "git_commit": pipeline.git_commit(),
-            "versions": environment.describe()["versions"],
-            "cells": cells,
-        }
-        whole_file.write_json(arguments.out, result)
-        drawing = sweep_figure.draw(cells)
-        whole_file.write_text(arguments.out.with_suffix(".svg"), drawing)
+        with program.stop_requests() as stop:
+            return _sweep(arguments, command, stop)
     except errors.InputError as error:
         print(f"nad_jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("nad_jax: interrupted before the sweep began", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()  # Python's own exit code would be 1.
+        return 2
+
+
+def _sweep(arguments: argparse.Namespace, command: str, stop: Any) -> int:
+    """`stop`: from `main.stop_requests`."""
+    changes = {"seeds": arguments.seeds}
+    if arguments.data_dir is not None:
+        changes["data.data_dir"] = arguments.data_dir
+    scale = arguments.variant
+    base = _config(scale, changes)
+    chosen = {
+        name: _config("+".join(filter(None, (scale, name))), changes).attack
+        for name in arguments.attacks
+    }
+    try:
+        cells = sweep(base, chosen, arguments, should_stop=stop.is_set)
+    except workdir_lib.Interrupted as interruption:
+        print(
+            f"nad_jax: interrupted: {interruption}; the same command goes on from "
+            "there",
+            file=sys.stderr,
+        )
+        return 0 if stop.number == signal.SIGTERM else 128 + stop.number
+    result = {
+        "schema": FORMAT,
+        "command": command,
+        "git_commit": pipeline.git_commit(),
+        "versions": environment.describe()["versions"],
+        "cells": cells,
+    }
+    whole_file.write_json(arguments.out, result)
+    drawing = sweep_figure.draw(cells)
+    whole_file.write_text(arguments.out.with_suffix(".svg"), drawing)
     print(f"{len(cells)} cells: {arguments.out}")
     return 0
 

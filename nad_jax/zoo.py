@@ -19,6 +19,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,12 +100,15 @@ def read_manifest(name: str, zoo: pathlib.Path) -> dict[str, Any]:
         manifest = json.loads((zoo / f"{name}.json").read_text("utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"format is {manifest['format']!r}, not {FORMAT!r}")
-        for key in ("sha256", "acc", "asr", "seed", "recipe", "num_classes"):
+        for key in ("sha256", "num_classes"):
             manifest[key]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise errors.InputError(
-            f"manifest of {name!r} is damaged: {type(problem).__name__} {problem}"
-        ) from None
+        good = [0 <= manifest[rate] <= 1 for rate in ("acc", "asr")]
+        if not all(good) or type(manifest["seed"]) is not int:
+            raise ValueError("acc and asr must be in [0, 1], seed an integer")
+        _parse(manifest["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+        reason = bounded_file.shown(f"{type(problem).__name__} {problem}", 300)
+        raise errors.InputError(f"manifest of {name!r} is damaged: {reason}") from None
     return manifest
 
 
@@ -427,12 +431,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except errors.InputError as error:
         print(f"nad_jax.zoo: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        # Python's own exit code would be 1: not as the manifest says.
+        traceback.print_exc()
+        return 2
 
 
 def _list(arguments: Any) -> int:
     zoo = arguments.zoo or folder()
     for name in names(zoo):
-        print(_line(read_manifest(name, zoo)))
+        print(_line(name, read_manifest(name, zoo)))
     return 0
 
 
@@ -457,18 +465,19 @@ def _verify(arguments: Any) -> int:
 def _add(arguments: Any) -> int:
     zoo = arguments.zoo or folder()
     manifest = add(arguments.workdir, arguments.name, seed=arguments.seed, zoo=zoo)
-    print(_line(manifest))
+    print(_line(arguments.name, manifest))
     return 0
 
 
 _COMMANDS = {"list": _list, "verify": _verify, "add": _add}
 
 
-def _line(manifest: Mapping[str, Any]) -> str:
-    attack, model = manifest["recipe"]["attack"], manifest["recipe"]["model"]
+def _line(name: str, manifest: Mapping[str, Any]) -> str:
+    recipe = _parse(manifest["recipe"])
+    attack = recipe["attack"]
     return (
-        f"{manifest['name']:<24} {manifest['recipe']['data']['name']} {model['name']} "
-        f"{attack['name']} {attack['label_mode']} rate {attack['poison_rate']:g} "
+        f"{name:<24} {recipe['data'].name} {recipe['model'].name} "
+        f"{attack.name} {attack.label_mode} rate {attack.poison_rate:g} "
         f"seed {manifest['seed']}  ACC {manifest['acc']:.2%}  ASR {manifest['asr']:.2%}"
     )
 

@@ -103,6 +103,22 @@ def test_a_mistake_found_later_is_one_line(capsys, tmp_path, override, words):
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+@pytest.mark.parametrize("returned", ["{'job': 'efrap'}", "None", "[1]"])
+def test_a_config_file_must_return_a_config(capsys, tmp_path, returned):
+    path = tmp_path / "own.py"
+    path.write_text(f"def get_config():\n  return {returned}\n")
+    error = _fails(capsys, f"--config={path}")
+    assert "get_config of" in error and "ml_collections.ConfigDict" in error
+
+
+def test_a_run_of_which_the_config_is_a_list_is_none(capsys, tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "config.json").write_text("[]")
+    override = f"--config.victim_workdir={tmp_path / 'earlier'}"
+    error = _fails(capsys, SMOKE, override, f"--workdir={tmp_path}/run")
+    assert "not the folder of a run" in error and "mapping, got []" in error
+
+
 def test_help_is_exit_code_0_and_names_the_configs(capsys):
     assert main.main(["main", "--help"]) == 0
     assert "efrap.py" in capsys.readouterr().out

@@ -3,12 +3,15 @@
 
 import dataclasses
 import json
+import os
+import signal
+import time
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 
-from nad_jax import nad_sweep, settings
+from nad_jax import nad_experiment, nad_sweep, settings
 from nad_jax.report import sweep_figure
 
 
@@ -98,3 +101,44 @@ def test_a_small_sweep_is_whole_and_continues(tmp_path, capsys):
     assert nad_sweep.main(command) == 0
     assert json.loads(out.read_text())["cells"] == [cell]
     assert "loss" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+)
+def test_a_signal_ends_the_sweep_after_the_step_at_work(
+    tmp_path, monkeypatch, capsys, number, code
+):
+    def stopped(config, workdir):
+        del config
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            workdir.check_stop()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(nad_experiment, "run", stopped)
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
+    assert nad_sweep.main([*paths, "--variant=smoke", "--attacks=badnets"]) == code
+    said = capsys.readouterr().err
+    assert "the same command goes on from there" in said and said.count("\n") == 1
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_bug_in_a_sweep_is_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nad_sweep, "sweep", lambda *a, **k: 1 / 0)
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
+    assert nad_sweep.main([*paths, "--variant=smoke", "--attacks=badnets"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["sweep", "_config"])
+def test_an_interruption_at_any_time_is_one_line(tmp_path, monkeypatch, capsys, when):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nad_sweep, when, interrupt)
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
+    assert nad_sweep.main([*paths, "--variant=smoke", "--attacks=badnets"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1

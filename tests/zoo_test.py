@@ -358,3 +358,44 @@ def test_the_shipped_victims_are_whole():
     for name in zoo.names(zoo.folder()):
         victim = zoo.load(name, zoo.folder())
         assert victim.manifest["name"] == name and victim.manifest["asr"] >= 0.95
+
+
+def manifest(**changes):
+    recipe = {**RECIPE, "data": {"name": "digits"}}
+    return {
+        **{"format": zoo.FORMAT, "sha256": "0", "acc": 0.9, "asr": 1, "seed": 0},
+        **{"recipe": recipe, "num_classes": 10, **changes},
+    }
+
+
+def test_a_list_needs_no_more_than_a_manifest_must_have(tmp_path, capsys):
+    whole_file.write_json(tmp_path / "one.json", manifest())
+    assert zoo.main(["list", f"--zoo={tmp_path}"]) == 0
+    assert "resnet_8 wanet all_to_one rate 0.1 seed 0  ACC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": {}},
+        {"recipe": []},
+        {"recipe": {**RECIPE, "attack": {}}},
+        {"recipe": {**RECIPE, "model": {"name": "resnet_8", "depth": 1}}},
+        {"acc": None},
+        {"asr": "high"},
+        {"acc": 90},
+        {"seed": "x"},
+    ],
+)
+def test_a_manifest_that_is_none_is_one_line(tmp_path, capsys, changes):
+    whole_file.write_json(tmp_path / "one.json", manifest(**changes))
+    for command in ("list", "verify"):
+        assert zoo.main([command, f"--zoo={tmp_path}"]) == 2
+        said = capsys.readouterr().err
+        assert "manifest of 'one' is damaged" in said and said.count("\n") == 1
+
+
+def test_a_bug_does_not_say_that_a_victim_is_not_as_promised(monkeypatch, capsys):
+    monkeypatch.setitem(zoo._COMMANDS, "verify", lambda arguments: 1 / 0)
+    assert zoo.main(["verify"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
