@@ -84,6 +84,9 @@ def _digits(attack):
         quantize_sums=False,
         roundings=("nearest", "stochastic", "reconstruction", "efrap"),
         flip_weight=0.01,
+        # What other weights would have cost each layer, beside "efrap":
+        # --config.defense.flip_weight_path='(0.0,0.003,0.01,0.03)'
+        flip_weight_path=(),
         flip_form="element",
         flip_unit="weight",
         starts=("nearest",),

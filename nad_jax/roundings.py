@@ -183,6 +183,7 @@ def quantize(
         "flip_unit": defense.flip_unit,
         "max_sweeps": defense.max_sweeps,
         "starts": defense.starts,
+        "flip_weight_path": _path(defense, name),
         "adam": adam,
     }
     read = layer_rounding.options_read(method, adam)
@@ -229,6 +230,12 @@ def quantize(
     return results[0], workdir.seconds.pop(folder)
 
 
+def _path(defense: settings.EfrapSettings, name: str) -> tuple[float, ...]:
+    if name != "efrap" or not isinstance(defense, settings.QuantizationSettings):
+        return ()
+    return defense.flip_weight_path
+
+
 def _adam(defense: settings.EfrapSettings, name: str) -> settings.AdamSettings | None:
     if not isinstance(defense, settings.QuantizationSettings):
         return None
@@ -258,6 +265,7 @@ def layer_entries(
             "objective_nearest": report.objective_nearest,
             "objective": report.objective,
             "objective_descent": report.objective_descent,
+            "path": list(report.path),
             "seconds": report.seconds,
         }
         for report in result.layers.values()

@@ -82,6 +82,7 @@ def efrap(
     flip_unit: str | None = None,
     max_sweeps: int | None = None,
     starts: Sequence[str] | None = None,
+    flip_weight_path: Sequence[float] | None = None,
     adam: adam_rounding.AdamSettings | None = None,
     layers: list[layers_lib.Layer] | None = None,
     on_layer: Callable[[quantized_module.LayerReport], None] | None = None,
@@ -129,6 +130,10 @@ def efrap(
       max_sweeps: Passes of coordinate descent per layer (default 20).
       starts: Where coordinate descent starts, of "nearest" (default), "feedback" and
         "flipped"; each channel keeps the best end.
+      flip_weight_path: Further flip weights to solve each layer with, on the same
+        inputs, for its report alone (`LayerReport.path`). Moments are not measured
+        again, so a point costs some sweeps. Ascending is best: each starts from nearest
+        and from where the one before has ended.
       adam: Settings of "adam".
       layers: From `models.layers.find_layers` of this module, if at hand; several
         roundings of one module need not look for them each time.
@@ -176,15 +181,19 @@ def efrap(
         flip_unit=flip_unit,
         max_sweeps=max_sweeps,
         starts=None if starts is None else tuple(starts),
+        flip_weight_path=flip_weight_path,
         adam=adam,
         strength=strength,
     )
     if flip_weight is None:
         flip_weight = layer_rounding.LOOKING.get(method, 0.0)
-    if not 0.0 <= flip_weight < math.inf:
-        raise errors.InputError(
-            f"flip_weight must be >= 0 and finite, got {flip_weight}"
-        )
+    for name, values in (
+        ("flip_weight", (flip_weight,)),
+        ("flip_weight_path", flip_weight_path or ()),
+    ):
+        for value in values:
+            if not 0.0 <= value < math.inf:
+                raise errors.InputError(f"{name} must be >= 0 and finite, got {value}")
     if quantize_sums and act_bits is None:
         raise errors.InputError("quantize_sums needs act_bits, got None")
     images = _checked_images(images)
@@ -238,7 +247,7 @@ def efrap(
         )
     else:
         rounder = layer_rounding.make_descending_rounder(
-            how, kernels, specs, flip_weight, mesh
+            how, kernels, specs, flip_weight, mesh, flip_weight_path or ()
         )
     new_params = dict(variables["params"])
     finished = {} if finished is None else finished

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,11 +51,14 @@ OPTIONS = {
     "flip_unit": tuple(LOOKING),
     "max_sweeps": ("coordinate",),
     "starts": ("coordinate",),
+    "flip_weight_path": ("coordinate",),
     "adam": ("adam",),
     "strength": tuple(STRENGTHS),
 }
 # Of the blind methods, those that draw a number per weight.
 _DRAWING = ("stochastic", "random", "noise")
+# Of coordinate descent.
+_BLOCK_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +185,13 @@ def make_descending_rounder(
     specs: Mapping[str, quantization.QuantSpec],
     flip_weight: float,
     mesh: Mesh | None = None,
+    flip_weight_path: Sequence[float] = (),
 ) -> Rounder:
     """What rounds a layer by "coordinate" or "feedback"; arguments as above.
 
     Args:
       mesh: What inputs are split over, if anything; channels then are, too.
+      flip_weight_path: Other flip weights, of which the report shall tell.
     """
     collector = moments_lib.Collector(mesh)
 
@@ -199,7 +204,7 @@ def make_descending_rounder(
             padded = common_sizes.pad_kernel(kernel)
             moments = common_sizes.pad_moments(moments)
             shape = layers_lib.Geometry(padded.shape)
-        result, solution = _descend(
+        task = (
             shape,
             spec,
             method,
@@ -207,8 +212,8 @@ def make_descending_rounder(
             moments,
             kernel if padded is None else padded,
             common_sizes.kernel_params(kernel, spec, padded),
-            flip_weight,
         )
+        result, solution = _descend(*task, flip_weight)
         if padded is not None:
             result = _trimmed(result, geometry)
         trace = [float(value) for value in np.sum(solution.trace, axis=0)]
@@ -220,6 +225,20 @@ def make_descending_rounder(
         if method.name == "coordinate":
             details["trace"] = tuple(trace[: sweeps + 1])
             details["converged"] = sweeps < method.max_sweeps
+        if flip_weight_path:
+            points = jnp.asarray(flip_weight_path, jnp.float32)
+            output_errors, flips = jax.device_get(_walk_path(*task, points))
+            details["path"] = tuple(
+                {
+                    "flip_weight": float(point),
+                    # A sum of parts that cancel may come out below 0.
+                    "output_error": max(float(output_error), 0.0),
+                    "flip_rate": float(count / math.prod(geometry.kernel_shape)),
+                }
+                for point, output_error, count in zip(
+                    flip_weight_path, output_errors, flips, strict=True
+                )
+            )
         return result, details
 
     return round_layer
@@ -426,6 +445,28 @@ def _descend(geometry, spec, method, mesh, moments, kernel, params, flip_weight)
     return jax.lax.with_sharding_constraint(outcome, sharding.replicated(mesh))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _walk_path(geometry, spec, method, mesh, moments, kernel, params, flip_weights):
+    """Output error and number of flipped weights at each flip weight, `[P]`."""
+    _, problem = _pose(geometry, spec, method, moments, kernel, params, 1.0)
+    if mesh is not None:
+        problem = _split_channels(problem, mesh)
+
+    def walk(problem):
+        path = solvers.flip_weight_path(
+            problem, flip_weights, max_sweeps=method.max_sweeps, block_size=_BLOCK_SIZE
+        )
+        flipped = (path.rounding != problem.nearest[None]).astype(jnp.float32)
+        return path.output_error, jnp.sum(flipped, axis=(1, 2))
+
+    outcome = jax.tree.map(
+        lambda x: jnp.sum(x, axis=0), moments_lib.per_group(walk, problem)
+    )
+    if mesh is None:
+        return outcome
+    return jax.lax.with_sharding_constraint(outcome, sharding.replicated(mesh))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _descent_reach(method: Method, problem: solvers.RoundingProblem) -> jax.Array:
     """Objective of coordinate descent with the options of `method`, `[groups]`."""
@@ -460,7 +501,7 @@ def _solve(method: Method, problem: solvers.RoundingProblem) -> solvers.Solution
         ),
     }
     chosen = [starts[name]() for name in method.starts]
-    knobs = {"max_sweeps": method.max_sweeps, "block_size": 64}
+    knobs = {"max_sweeps": method.max_sweeps, "block_size": _BLOCK_SIZE}
     if len(chosen) == 1:
         return solvers.coordinate_descent(problem, chosen[0], **knobs)
     return solvers.descend_from_all(problem, jnp.stack(chosen), **knobs)

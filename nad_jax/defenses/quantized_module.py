@@ -35,6 +35,9 @@ class LayerReport:
       trace: Objective after each sweep ("coordinate" only).
       converged: Whether no single flip would gain any more ("coordinate" only); False
         when `max_sweeps` ended the descent.
+      path: For each weight of `flip_weight_path` the mapping `flip_weight`,
+        `output_error` (summed over channels, without price) and `flip_rate` of a
+        rounding by it on the same inputs ("coordinate" only).
       seconds: Wall time of this layer.
     """
 
@@ -49,6 +52,7 @@ class LayerReport:
     objective_descent: float | None = None
     trace: tuple[float, ...] = ()
     converged: bool | None = None
+    path: tuple[Mapping[str, float], ...] = ()
     seconds: float = 0.0
 
 
@@ -169,8 +173,8 @@ def apply_quantized(
             return next_fun(*args, **kwargs)
         name = "/".join(context.module.path)
         spec = act_spec[name] if isinstance(act_spec, Mapping) else act_spec
-        inputs = quantization.fake_quant(args[0], act_params[name], spec)
-        return next_fun(inputs, *args[1:], **kwargs)
+        inputs = layers_lib.input_of(args, kwargs)
+        return next_fun(quantization.fake_quant(inputs, act_params[name], spec))
 
     def forward(images):
         with nn.intercept_methods(quantize_inputs):

@@ -100,6 +100,7 @@ def content(entries: Sequence[Mapping[str, Any]]) -> list[markup.Child]:
             markup.el("summary", "The same as numbers"),
             _table(layers, shapes, series),
         ),
+        *_paths(entries),
     ]
 
 
@@ -197,3 +198,55 @@ def _table(
         class_="numbers",
     )
     return markup.scroll(table, "Numbers by layer")
+
+
+def _paths(entries: Sequence[Mapping[str, Any]]) -> list[markup.Child]:
+    """What other flip weights cost, by row and weight; nothing where none was asked."""
+    lines = []
+    for name in dict.fromkeys(entry["row"] for entry in entries if entry.get("path")):
+        mine = [e for e in entries if e["row"] == name and e.get("path")]
+        sizes = [math.prod(entry["shape"]) for entry in mine]
+        for i, point in enumerate(mine[0]["path"]):
+            ratio = _mean_ratio(
+                [
+                    {
+                        "objective": entry["path"][i]["output_error"],
+                        "objective_nearest": entry["path"][0]["output_error"],
+                    }
+                    for entry in mine
+                ]
+            )
+            flips = (
+                e["path"][i]["flip_rate"] * n for e, n in zip(mine, sizes, strict=True)
+            )
+            texts = (
+                tables.row_label(name),
+                f"{point['flip_weight']:g}",
+                tables.hundredfold(math.fsum(flips) / sum(sizes)),
+                "–" if ratio is None else f"{ratio:.3g}",
+            )
+            lines.append(markup.el("tr", [markup.el("td", text) for text in texts]))
+    if not lines:
+        return []
+    heads = ("Row", "flip weight", "flips %", "output error")
+    table = markup.el(
+        "table",
+        markup.el(
+            "caption",
+            "Output errors are relative to the first weight's, as geometric means over "
+            "layers on the inputs of this run; flips are shares of all weights.",
+        ),
+        markup.el(
+            "thead",
+            markup.el("tr", [markup.el("th", head, scope="col") for head in heads]),
+        ),
+        markup.el("tbody", lines),
+        class_="numbers",
+    )
+    return [
+        markup.el(
+            "details",
+            markup.el("summary", "What other flip weights would have cost"),
+            markup.scroll(table, "Flip weights"),
+        )
+    ]

@@ -16,9 +16,10 @@ and `rows` always; `title`, `command`, `layers`, `claims`, `notes` and `curves` 
 there is something to say; and the facts a run is found by, such as `attack` and
 `dataset`. Entries of `layers` hold `seed`, `row` (the name of the row they belong to),
 `layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and `seconds`, and
-optionally `model`, `weight_bits`, `act_bits` and `objective_descent` (what coordinate
-descent reaches where another solver was used). Entries of `curves` hold `seed`,
-`model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
+optionally `model`, `weight_bits`, `act_bits`, `objective_descent` (what coordinate
+descent reaches where another solver was used) and `path` (what other flip weights cost:
+a list of `flip_weight`, `output_error` and `flip_rate`). Entries of `curves` hold
+`seed`, `model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
 
 A run against a planted backdoor is found by `attack`, `dataset` and `seed` (a list if
 there were several); one that rounds weights also by `weight_bits`, and it holds the
@@ -343,6 +344,14 @@ def _check_layer(layer: Any, where: str) -> None:
     _is_seconds(reach, f"{where}.objective_descent", optional=True)
     for key in ("weight_bits", "act_bits"):
         _is_bits(layer.get(key), f"{where}.{key}")
+    points = layer.get("path", [])
+    _is_list(points, f"{where}.path")
+    for i, point in enumerate(points):
+        here = f"{where}.path[{i}]"
+        _is_mapping(point, here)
+        for key in ("flip_weight", "output_error"):
+            _is_seconds(point.get(key), f"{here}.{key}")
+        _is_fraction(point.get("flip_rate"), f"{here}.flip_rate")
 
 
 def _check_curve(curve: Any, where: str) -> None:

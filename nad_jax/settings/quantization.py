@@ -2,6 +2,7 @@
 """Settings of the defender who rounds: one grid, and the roundings on it."""
 
 import dataclasses
+import math
 
 from nad_jax.errors import InputError
 from nad_jax.settings.basics import GridSettings
@@ -164,12 +165,15 @@ class QuantizationSettings(EfrapSettings):
     Attributes:
       roundings: Which rows to compute, of `ROUNDINGS`.
       stochastic_draws: Draws of "stochastic", "random" and "noise" that are averaged.
+      flip_weight_path: Further flip weights that "efrap" solves each layer with, to
+        tell what they cost.
       controls: How strong the controls are.
       adam: The relaxed objective, for the rounding "adam".
     """
 
     roundings: tuple[str, ...] = ("nearest", "stochastic", "reconstruction", "efrap")
     stochastic_draws: int = 10
+    flip_weight_path: tuple[float, ...] = ()
     controls: ControlSettings = dataclasses.field(default_factory=ControlSettings)
     adam: AdamSettings = dataclasses.field(default_factory=AdamSettings)
 
@@ -181,6 +185,8 @@ class QuantizationSettings(EfrapSettings):
                     f"roundings must be of {', '.join(ROUNDINGS)}, got {name!r}"
                 )
         check_different(self, "roundings")
+        good = all(0 <= weight < math.inf for weight in self.flip_weight_path)
+        check(self, "flip_weight_path", good, "numbers >= 0, all finite")
         check(self, "stochastic_draws", self.stochastic_draws >= 1, "at least 1")
         if self.controls.flip_share is None:
             rows = self.roundings

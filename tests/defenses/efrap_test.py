@@ -271,6 +271,31 @@ def test_adam_tells_what_coordinate_descent_reaches_on_its_inputs():
     assert adam.objective != pytest.approx(descent.objective, rel=1e-5)
 
 
+def test_a_path_over_flip_weights_is_what_each_of_them_alone_comes_to():
+    images = jax.random.normal(jax.random.key(3), (40, 5))
+    variables = some_variables(Small(), images, train=False)
+    weights = (0.0, 0.05, 5.0)
+
+    def first_layer(**options):
+        return efrap.efrap(
+            Small(), variables, images, apply_kwargs=APPLY_KWARGS, **options
+        ).layers["first"]
+
+    report = first_layer(flip_weight_path=weights)
+    assert report.objective == first_layer().objective
+    assert [point["flip_weight"] for point in report.path] == list(weights)
+    errors_, flips = (
+        [point[name] for point in report.path] for name in ("output_error", "flip_rate")
+    )
+    # Without a price the objective is the output error; a path may end lower.
+    alone = [first_layer(flip_weight=weight) for weight in (0.0, 5.0)]
+    assert errors_[0] == pytest.approx(alone[0].objective, rel=1e-5)
+    assert flips[0] == pytest.approx(alone[0].flip_rate, abs=1e-6)
+    assert flips[2] == pytest.approx(alone[1].flip_rate, abs=0.1)
+    assert errors_ == sorted(errors_) and flips == sorted(flips)
+    assert flips[0] < flips[2]
+
+
 @pytest.mark.slow
 @EACH
 def test_quantizing_again_gives_the_same_codes_and_changes_no_input(quantized, method):
@@ -1035,6 +1060,8 @@ NAN, INF = float("nan"), float("inf")
         ({"method": "feedback", "max_sweeps": 3}, ["feedback", "max_sweeps", "3"]),
         ({"method": "adam", "starts": ("flipped",)}, ["adam", "starts", "flipped"]),
         ({"adam": MINIBATCH}, ["coordinate", "adam"]),
+        ({"flip_weight_path": (0.0, NAN)}, ["flip_weight_path", "nan"]),
+        ({"method": "feedback", "flip_weight_path": (0.0,)}, ["feedback", "path"]),
         ({"spec": quantization.QuantSpec(channel_axis=0)}, ["channel_axis", "0"]),
     ],
 )

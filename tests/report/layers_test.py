@@ -20,6 +20,26 @@ def test_layer_ratios_are_geometric_means_over_seeds():
     assert "<td>1</td>" in table and "<td>50.0</td>" in table
 
 
+def test_other_flip_weights_are_told_by_their_cost():
+    """Errors 2 -> 4 and 1 -> 8: geometric mean 4. 4 and 2 of 12 weights: 50 %."""
+    layers = []
+    for name, shape, errors, flips in (
+        ("stem", [2, 2], (2.0, 4.0), (0.0, 1.0)),
+        ("head", [4, 2], (1.0, 8.0), (0.0, 0.25)),
+    ):
+        path = [
+            {"flip_weight": w, "output_error": e, "flip_rate": f}
+            for w, e, f in zip((0.0, 0.03), errors, flips, strict=True)
+        ]
+        layers.append(sample.make_layer("efrap", name, 1.0, shape=shape, path=path))
+    text = page.render(sample.make_report(layers=layers))
+    table = text[text.index("What other flip weights") :]
+    cells = re.findall("<td>(.*?)</td>", table[: table.index("</table>")])
+    assert cells == ["EFRAP", "0", "0.0", "1", "EFRAP", "0.03", "50.0", "4"]
+    plain = page.render(sample.make_report(layers=[sample.make_layer("efrap", "a", 1)]))
+    assert "What other flip weights" not in plain
+
+
 @pytest.mark.parametrize("objective", [None, 0.0, 1e-30, 1e30])
 @pytest.mark.parametrize("nearest", [None, 0.0, 1.0])
 def test_odd_objectives_are_drawn_inside_or_not_at_all(objective, nearest):

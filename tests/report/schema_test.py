@@ -141,6 +141,7 @@ def test_an_impossible_row_is_refused_in_one_line_that_names_the_field(key, valu
         ("rows", {}),
         ("rows", [[]]),
         ("layers", [{**_report()["layers"][0], "objective_descent": -1.0}]),
+        ("layers", [{**_report()["layers"][0], "path": [{"flip_weight": 0.1}]}]),
         ("layers", [{"seed": 0}]),
         ("claims", [{"text": "x", "passed": 1}]),
         ("notes", "one"),
