@@ -21,9 +21,9 @@ References:
 """
 
 import dataclasses
-import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -31,8 +31,9 @@ from nad_jax import settings
 from nad_jax.data import batches
 from nad_jax.defenses import base, fine_tuning
 from nad_jax.training import augmentation, steps
+from nad_jax.training import state as state_lib
 
-# After so many batches a running mean with momentum 0.9 has forgotten its start.
+# Batches whose statistics are averaged.
 _STATISTICS_STEPS = 60
 
 
@@ -53,7 +54,8 @@ def run(
     Args:
       victim: One end.
       clean_data: Clean images.
-      tuning: The budget of the tuned copy, and once more of the curve.
+      tuning: Training of the tuned copy. The curve has its epochs, batches and schedule
+        once more, all of them and in plain steps: neither patience nor sharpness.
       connectivity: Positions and learning rate of the curve.
       key: Order, augmentation and the points drawn on the curve.
       tuned: The other end; None = the victim after fine-tuning.
@@ -149,29 +151,72 @@ def _measure_statistics(
     training: settings.TrainingSettings,
     key: jax.Array,
 ) -> Any:
-    """Variables with BatchNorm statistics of this very point, not of the curve."""
+    """Variables with BatchNorm statistics of this very point, not of the curve.
+
+    They are means over batches, however slowly the model's own running means move. What
+    no BatchNorm of Flax keeps, or one that never moves, stays as it is.
+    """
     if not jax.tree.leaves(net.variables.get("batch_stats", {})):
         return net.variables
     images = jnp.asarray(clean_data.images)
     labels = jnp.asarray(clean_data.labels)
     make_batch = augmentation.make_batch(training)
     batch_size = min(training.batch_size, len(labels))
+    momenta = _momenta(net, batches.to_float(images[:batch_size]))
+    key = state_lib.derive_key(key, state_lib.STATISTICS)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def forward(batch_stats, params, images, labels, key):
-        rows = batches.epoch_indices(key, 0, images.shape[0], batch_size)[0]
-        batch = make_batch(key, images[rows], labels[rows])
-        return steps.apply_training(
-            net.model.apply, params, batch_stats, batch["images"]
-        )[1]
-
-    batch_stats = jax.tree.map(jnp.copy, net.variables["batch_stats"])
-    for step in range(_STATISTICS_STEPS):
-        batch_stats = forward(
-            batch_stats,
-            net.variables["params"],
-            images,
-            labels,
-            jax.random.fold_in(key, step),
+    @jax.jit
+    def measure(variables, images, labels, step):
+        order_key = state_lib.derive_key(key, state_lib.SHUFFLE)
+        rows = batches.epoch_indices(order_key, step, images.shape[0], batch_size)[0]
+        augment_key = state_lib.derive_key(key, state_lib.AUGMENT, step)
+        batch = make_batch(augment_key, images[rows], labels[rows])
+        before = variables["batch_stats"]
+        _, after = steps.apply_training(
+            net.model.apply, variables["params"], before, batch["images"]
         )
+        return jax.tree.map(_of_batch, before, after, momenta)
+
+    total = None
+    for step in range(_STATISTICS_STEPS):
+        found = measure(net.variables, images, labels, jnp.int32(step))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    batch_stats = jax.tree.map(
+        lambda sums, old: (sums / _STATISTICS_STEPS).astype(old.dtype),
+        total,
+        net.variables["batch_stats"],
+    )
     return {**net.variables, "batch_stats": batch_stats}
+
+
+def _of_batch(before: jax.Array, after: jax.Array, momentum: float) -> jax.Array:
+    """The x of the running mean: after = momentum * before + (1 - momentum) * x."""
+    if momentum == 1:
+        return before
+    return (after - momentum * before) / (1 - momentum)
+
+
+def _momenta(net: base.Net, images: jax.Array) -> Any:
+    """The momentum of each running statistic; 1 where none is known.
+
+    Args:
+      net: Its statistics are the leaves.
+      images: A batch, float `[B, H, W, C]`.
+    """
+    by_module: dict[tuple[str, ...], float] = {}
+
+    def note(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm):
+            by_module[context.module.path] = context.module.momentum
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(
+            lambda v, x: net.model.apply(v, x, train=True, mutable=["batch_stats"]),
+            net.variables,
+            images,
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_module.get(tuple(entry.key for entry in path[:-1]), 1.0),
+        net.variables["batch_stats"],
+    )

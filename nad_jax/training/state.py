@@ -20,6 +20,7 @@ SHUFFLE = 0
 AUGMENT = 1
 LOSS = 2
 VIEWS = 3
+STATISTICS = 4
 
 
 class TrainState(flax.struct.PyTreeNode):

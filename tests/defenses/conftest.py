@@ -14,13 +14,15 @@ from nad_jax.defenses import base
 class TwoStages(nn.Module):
     """Two convolutions, each a stage; a BatchNorm; a Dense head."""
 
+    momentum: float = 0.8
+
     @nn.compact
     def __call__(self, images, train=False):
         early = nn.relu(nn.Conv(4, (3, 3), use_bias=False, name="early")(images))
         late = nn.Conv(5, (3, 3), strides=2, use_bias=False, name="late")(early)
-        late = nn.BatchNorm(use_running_average=not train, momentum=0.8, name="norm")(
-            late
-        )
+        late = nn.BatchNorm(
+            use_running_average=not train, momentum=self.momentum, name="norm"
+        )(late)
         late = nn.relu(late)
         logits = nn.Dense(3, name="head")(late.mean(axis=(1, 2)))
         return logits, {"stage1": early, "stage2": late}
