@@ -88,14 +88,16 @@ def _two_paths(apply_fn, grid, params, rounded, batch_stats, images):
         layer = by_path.get(context.module.path)
         if layer is None or not layers_lib.is_layer_call(context):
             return next_fun(*args, **kwargs)
-        inputs = args[0].reshape(-1, _COPIES, *args[0].shape[1:])
+        inputs = layers_lib.input_of(args, kwargs)
+        shape = inputs.shape[1:]
+        inputs = inputs.reshape(-1, _COPIES, *shape)
         outputs = []
         for tree, part in (
             (params, inputs[:, :_FLOAT_COPIES]),
             (rounded, grid.quantize_inputs(inputs[:, _FLOAT_COPIES:])),
         ):
             own = layers_lib.get_in(tree, layer.path)
-            rows = part.reshape(-1, *args[0].shape[1:])
+            rows = part.reshape(-1, *shape)
             output = layers_lib.run(
                 layer.geometry, own["kernel"], rows, own.get("bias")
             )

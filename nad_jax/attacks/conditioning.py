@@ -87,7 +87,7 @@ class ExpectedGrid:
         def quantize(next_fun, args, kwargs, context):
             if not layers_lib.is_layer_call(context):
                 return next_fun(*args, **kwargs)
-            return next_fun(self.quantize_inputs(args[0]), *args[1:], **kwargs)
+            return next_fun(self.quantize_inputs(layers_lib.input_of(args, kwargs)))
 
         with nn.intercept_methods(quantize):
             return apply_fn(*args, **kwargs)

@@ -155,7 +155,7 @@ def dead_inputs(attacker: conditioning.Attacker, variables: Any) -> dict[str, in
 
         def record(next_fun, args, kwargs, context):
             if layers_lib.is_layer_call(context) and context.module.path in layers:
-                x = jnp.abs(args[0])
+                x = jnp.abs(layers_lib.input_of(args, kwargs))
                 largest = jnp.max(x, axis=tuple(range(x.ndim - 1)))
                 name = layers[context.module.path].name
                 # A layer may be called more than once.

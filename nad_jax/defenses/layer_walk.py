@@ -81,7 +81,7 @@ def walk(
         def pause(next_fun, args, kwargs, context):
             if not layers_lib.is_layer_call(context):
                 return _between(next_fun, args, kwargs, context)
-            path, inputs = context.module.path, args[0]
+            path, inputs = context.module.path, layers_lib.input_of(args, kwargs)
             _check_concrete(path, inputs)
             hand_over((path, inputs))
             params = context.module.variables["params"]
@@ -96,10 +96,11 @@ def walk(
         def replace(next_fun, args, kwargs, context):
             if not layers_lib.is_layer_call(context):
                 return _between(next_fun, args, kwargs, context)
-            _check_concrete(context.module.path, args[0])
+            inputs = layers_lib.input_of(args, kwargs)
+            _check_concrete(context.module.path, inputs)
             path, float_inputs = next(float_layers)
             assert path == context.module.path, (path, context.module.path)
-            layer, inputs = by_path[path], args[0]
+            layer = by_path[path]
             if path in visited:
                 inputs = inputs if revisit is None else revisit(layer, inputs)
             else:

@@ -216,8 +216,7 @@ def _trace(module, variables, image_shape, by_path, apply_kwargs):
                 f"layer {'/'.join(path)} is called but missing among the given layers"
             )
         # The layer's own operations lead nowhere now, and are dropped.
-        inputs = args[0] if args else kwargs["inputs"]
-        inputs = sums.mark_input(inputs, "/".join(path))
+        inputs = sums.mark_input(layers_lib.input_of(args, kwargs), "/".join(path))
         return _layer_p.bind(
             inputs, path=path, shape=outputs.shape, dtype=outputs.dtype
         )

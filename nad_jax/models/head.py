@@ -44,7 +44,7 @@ def inputs(
 
     def record(next_fun, args, kwargs, context):
         if layers_lib.is_layer_call(context) and context.module.path == path:
-            seen.append(args[0])
+            seen.append(layers_lib.input_of(args, kwargs))
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):

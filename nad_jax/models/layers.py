@@ -107,6 +107,14 @@ def is_layer_call(context: nn.module.InterceptorContext) -> bool:
     )
 
 
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> jax.Array:
+    """What an intercepted call of a Conv or Dense is given, by position or by name.
+
+    It takes nothing else, so `next_fun(x)` is the same call with another input.
+    """
+    return args[0] if args else kwargs["inputs"]
+
+
 def find_layers(
     module: nn.Module,
     variables: Mapping[str, Any],
@@ -168,9 +176,11 @@ def _trace_layers(module, variables, images, apply_kwargs) -> dict[Path, Layer]:
                 f"{'/'.join(context.module.path)} computes kernels from the stored "
                 "ones; quantize the module without it"
             )
-        if isinstance(context.module, nn.BatchNorm) and _is_per_channel(args, context):
-            producer = producers.get(id(args[0]))
-            if producer is not None:
+        if isinstance(context.module, nn.BatchNorm):
+            x = args[0] if args else kwargs.get("x")
+            producer = producers.get(id(x))
+            # One mean for each index of the last axis.
+            if producer is not None and context.module.axis in (-1, x.ndim - 1):
                 normed[producer] = (context.module.path, context.module.epsilon)
         outputs = next_fun(*args, **kwargs)
         if not is_layer_call(context):
@@ -237,11 +247,6 @@ def _count_uses(jaxpr) -> dict[str, int]:
         if isinstance(variable, jax_core.Var) and variable in names:
             uses[names[variable]] += 1
     return uses
-
-
-def _is_per_channel(args, context) -> bool:
-    """Whether a BatchNorm's call has one mean for each index of the last axis."""
-    return bool(args) and context.module.axis in (-1, args[0].ndim - 1)
 
 
 def _kernel_paths(params: Mapping[str, Any], prefix: Path = ()) -> list[Path]:

@@ -46,7 +46,8 @@ def mark_inputs(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], A
 
     def mark(next_fun, args, kwargs, context):
         if layers_lib.is_layer_call(context):
-            args = (mark_input(args[0], "/".join(context.module.path)), *args[1:])
+            inputs = layers_lib.input_of(args, kwargs)
+            return next_fun(mark_input(inputs, "/".join(context.module.path)))
         return next_fun(*args, **kwargs)
 
     def marked(images):

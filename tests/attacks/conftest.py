@@ -21,13 +21,16 @@ SPEC = quantization.QuantSpec()
 
 
 class Victim(nn.Module):
-    """Two convolutions with a BatchNorm between, a kernel left in float, and a head."""
+    """Two convolutions with a BatchNorm between, a kernel left in float, and a head.
+
+    One layer is given its inputs by name.
+    """
 
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Conv(3, (3, 3), strides=2, name="conv")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
-        x = nn.relu(nn.Conv(5, (3, 3), name="inner")(x))
+        x = nn.relu(nn.Conv(5, (3, 3), name="inner")(inputs=x))
         x = nn.DenseGeneral(4, name="general")(x.mean(axis=(1, 2)))
         return nn.Dense(3, name="fc")(x), {}
 

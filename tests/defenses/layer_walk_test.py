@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nad_jax import errors
-from nad_jax.defenses import layer_walk
+from nad_jax.defenses import efrap, layer_walk, quantized_module
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import environment
 
@@ -353,6 +353,56 @@ def test_an_interrupt_ends_the_thread_even_if_the_module_catches_exceptions():
 
     with pytest.raises(KeyboardInterrupt):
         walk(net, visit)
+
+
+class Residual(nn.Module):
+    """Gives its layers their inputs by name or by position."""
+
+    by_name: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(name, x):
+            dense = nn.Dense(3, name=name)
+            return dense(inputs=x) if self.by_name else dense(x)
+
+        x = layer("first", x)
+        return layer("last", x + layer("inner", nn.relu(x)))
+
+
+@pytest.mark.slow
+def test_inputs_given_by_name_make_no_difference():
+    images = jax.random.normal(jax.random.key(0), (6, 3))
+    variables = some_variables(Residual(False), images)
+
+    named, plain = (
+        efrap.efrap(
+            Residual(by_name),
+            variables,
+            images,
+            method="coordinate",
+            act_bits=4,
+            quantize_sums=True,
+        )
+        for by_name in (True, False)
+    )
+    for name, codes in plain.codes.items():
+        np.testing.assert_array_equal(named.codes[name], codes)
+    for name, params in plain.act_params.items():
+        assert float(named.act_params[name].scale) == float(params.scale)
+    for operands in (plain.act_params, list(plain.codes)):  # with sums and without
+        outputs = [
+            quantized_module.apply_quantized(
+                net.module,
+                plain.variables,
+                images,
+                {name: plain.act_params[name] for name in operands},
+                act_spec=plain.act_spec,
+                apply_kwargs={},
+            )
+            for net in (named, plain)
+        ]
+        np.testing.assert_allclose(*outputs, rtol=1e-6)
 
 
 # ---- what cannot be walked ----

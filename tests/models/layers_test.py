@@ -255,6 +255,20 @@ def test_a_batch_norm_belongs_to_the_layer_whose_output_it_alone_takes():
     assert found["direct"].batch_norm_epsilon == 0.25
 
 
+class ByName(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(4, (3, 3), name="conv")(inputs=x)
+        y = nn.BatchNorm(use_running_average=True, name="norm")(x=y)
+        return nn.Dense(5, name="dense")(inputs=y)
+
+
+def test_inputs_may_be_given_by_name():
+    found = {layer.name: layer for layer in find(ByName())}
+    assert list(found) == ["conv", "dense"]
+    assert found["conv"].batch_norm == ("norm",)
+
+
 @pytest.mark.slow
 def test_layers_of_a_jitted_block_are_found_although_it_has_run_before():
     """Compiled code is not traced again, so it hides its layers from interceptors."""
