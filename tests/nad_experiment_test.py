@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 import pathlib
 
 import pytest
@@ -53,6 +54,18 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
         (("defense", "clean_fraction"), 1.5, "config.defense.clean_fraction"),
         (("defense", "nad", "beta_unit"), "feet", "config.defense.nad.beta_unit"),
         (("defense", "training", "milestones"), (3, 2), "milestones must be ascending"),
+        (("defense", "training", "milestones"), (-2, 2), "ascending, from 1 on, got"),
+        (("defense", "training", "milestones"), (0, 2), "ascending, from 1 on, got"),
+        (("defense", "nad", "beta_factors"), (1.0, 1.0), "factors must be all differ"),
+        (("defense", "nad", "beta_factors"), (0.5, math.inf), "one or more finite"),
+        (("defense", "nad", "beta_factors"), (math.nan,), "one or more finite numbers"),
+        (
+            ("defense", "nad", "beta_factors"),
+            (-1.0,),
+            "one or more finite numbers >= 0",
+        ),
+        (("defense", "nad", "beta_factors"), (), "one or more finite numbers >= 0"),
+        (("defense", "nad", "p"), math.inf, "nad.p must be > 0 and finite, got inf"),
         (("defense", "patience"), 0, "defense.patience must be at least 1 or None"),
         (("defense", "rows"), ("nad", "nad"), "defense.rows must be all different"),
         (("defense", "nad", "betas"), {}, "betas must be numbers >= 0 by stage"),

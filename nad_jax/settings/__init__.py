@@ -3,7 +3,9 @@
 
 `ml_collections` ends at the door: `main` turns the nested mapping of a config file
 into these frozen dataclasses once, and everything behind it reads attributes. A key
-that no field has is an error, so no setting can be silently dead.
+that no field has is an error, so that no misspelt setting is silently dead. A setting
+may still have nothing to say beside another one, as `milestones` under the schedule
+"cosine": the shipped templates name every field.
 
 Names of models, data sets and triggers are checked where they are used; here are types,
 ranges and closed lists. Rates and fractions are in [0, 1].

@@ -101,8 +101,9 @@ class TrainingSettings:
         check(self, "weight_decay", self.weight_decay >= 0, ">= 0")
         for name in ("crop_padding", "cutout"):
             check(self, name, getattr(self, name) >= 0, ">= 0")
-        ascending = self.milestones == tuple(sorted(set(self.milestones)))
-        check(self, "milestones", ascending, "ascending")
+        good = self.milestones == tuple(sorted(set(self.milestones)))
+        good = good and min(self.milestones, default=1) >= 1
+        check(self, "milestones", good, "ascending, from 1 on")
         check(self, "step_factor", self.step_factor > 0, "> 0")
 
 

@@ -39,7 +39,9 @@ class AdamSettings:
     """EFRAP's relaxed objective; see `nad_jax.defenses.adam_rounding`.
 
     The defaults are those of EFRAP's public code, which names the last three options in
-    its configuration and uses none of them. AdaRound has 0.1, (20, 2) and 0.2.
+    its configuration and uses none of them. AdaRound has 0.1, (20, 2) and 0.2: the row
+    "adaround" always does, whatever `stretch`, `exponents` and `warm_up` say here, and
+    takes the rest as it is; the row "adam" takes all.
 
     Attributes:
       form: "minibatch" or "gram".

@@ -75,11 +75,13 @@ class NadSettings:
         check(self, "betas", good, "numbers >= 0 by stage")
         check_name(self, "beta_unit", ("mean_square", "squared_distance"))
         check_name(self, "reduction", ("sum", "mean"))
-        check(self, "p", self.p > 0, "> 0")
+        check(self, "p", 0 < self.p < float("inf"), "> 0 and finite")
         check(self, "teacher_epochs", self.teacher_epochs >= 1, "at least 1")
         check(self, "teacher_views", self.teacher_views >= 0, ">= 0")
-        good = bool(self.beta_factors) and min(self.beta_factors) >= 0
-        check(self, "beta_factors", good, "one or more numbers >= 0")
+        good = bool(self.beta_factors)
+        good = good and all(0 <= f < float("inf") for f in self.beta_factors)
+        check(self, "beta_factors", good, "one or more finite numbers >= 0")
+        check_different(self, "beta_factors")
         check(self, "accuracy_tolerance", self.accuracy_tolerance >= 0, ">= 0")
 
 
