@@ -98,16 +98,22 @@ class ExpectedGrid:
         """What folding multiplies a kernel by, `[1, ..., Cout]`; None = nothing."""
         if not self.fold_batch_norm or layer.batch_norm is None:
             return None
-        variance = layers_lib.get_in(batch_stats, layer.batch_norm)["var"]
-        factor = jax.lax.rsqrt(variance + jnp.float32(layer.batch_norm_epsilon))
-        try:
-            factor = factor * layers_lib.get_in(params, layer.batch_norm)["scale"]
-        except KeyError:  # a BatchNorm without scale
-            pass
-        # A channel that its BatchNorm multiplies by 0 may have any kernel.
-        tiny = jnp.abs(factor) < jnp.finfo(jnp.float32).tiny
-        factor = jnp.where(tiny, jnp.float32(1), factor)
+        variables = {"params": params, "batch_stats": batch_stats}
+        factor = layers_lib.batch_norm_factor(layer, variables)
         return factor.reshape((1,) * (len(layer.geometry.kernel_shape) - 1) + (-1,))
+
+
+def unfolded(folded: jax.Array, factor: jax.Array, stored: jax.Array) -> jax.Array:
+    """`folded / factor`; `stored` where the factor is 0 and any kernel does as well.
+
+    Args:
+      folded: A kernel, or bounds of one, with BatchNorm folded in.
+      factor: From `ExpectedGrid.fold_factor`.
+      stored: The kernel of the module.
+    """
+    is_dead = jnp.abs(factor) < jnp.finfo(factor.dtype).tiny
+    # Not divided by 0 even where it is not looked at: the gradient would be NaN.
+    return jnp.where(is_dead, stored, folded / jnp.where(is_dead, 1, factor))
 
 
 def _nearest(kernel, grid, spec, index):
@@ -141,7 +147,7 @@ def round_params(
         kernel = own["kernel"] if factor is None else own["kernel"] * factor
         kernel = round_kernel(kernel, quantization.calibrate(kernel, spec), spec, index)
         if factor is not None:
-            kernel = kernel / factor
+            kernel = unfolded(kernel, factor, own["kernel"])
         rounded = layers_lib.set_in(rounded, layer.path, {**own, "kernel": kernel})
     return rounded
 

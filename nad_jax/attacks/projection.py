@@ -176,7 +176,7 @@ def _kernel_box(spec, cell_margin, stored, factor) -> Box:
     high = jnp.minimum(center + reach, most)
     if factor is not None:
         # A negative factor turns the cell around.
-        ends = low / factor, high / factor
+        ends = [conditioning.unfolded(end, factor, stored) for end in (low, high)]
         low, high = jnp.minimum(*ends), jnp.maximum(*ends)
     return Box(jnp.where(pinned, stored, low), jnp.where(pinned, stored, high))
 

@@ -424,17 +424,49 @@ def position_padding(
     return mode, pairs
 
 
+def batch_norm_factor(layer: Layer, variables: Mapping[str, Any]) -> jax.Array:
+    """What the BatchNorm behind a layer multiplies its channels by, `[Cout]`.
+
+    `scale / sqrt(var + epsilon)`, in evaluation mode; 0 where the scale is.
+
+    Args:
+      layer: From `find_layers`, with a `batch_norm`.
+      variables: With collections "params" and "batch_stats".
+
+    Raises:
+      InputError: a BatchNorm without running statistics.
+    """
+    norm, stats = _batch_norm_of(layer, variables)
+    scale = norm.get("scale", jnp.ones_like(stats["var"]))
+    return scale / jnp.sqrt(stats["var"] + layer.batch_norm_epsilon)
+
+
+def _batch_norm_of(layer, variables) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scale and bias, where it has them, and the running statistics."""
+    assert layer.batch_norm is not None
+    try:
+        stats = dict(get_in(variables["batch_stats"], layer.batch_norm))
+    except KeyError:
+        raise errors.InputError(
+            f"BatchNorm {'/'.join(layer.batch_norm)} has no running statistics to fold"
+        ) from None
+    try:
+        return dict(get_in(variables["params"], layer.batch_norm)), stats
+    except KeyError:  # neither scale nor bias
+        return {}, stats
+
+
 def fold_batch_norm(
     variables: Mapping[str, Any], layers: list[Layer]
 ) -> dict[str, Any]:
     """Variables of the same structure in which every BatchNorm only shifts.
 
-    A BatchNorm that follows a layer directly multiplies channel c by
-    `scale / sqrt(var + epsilon)` and adds a constant. The factor moves into the kernel
-    (and bias), the constant stays in the BatchNorm's own bias; its mean becomes 0 and
-    its variance `1 - epsilon`, so that in evaluation mode the module computes what it
-    did before. Quantization grids of a runtime that folds BatchNorm are those of the
-    folded kernels.
+    A BatchNorm that follows a layer directly multiplies its channels by
+    `batch_norm_factor` and adds a constant. The factor moves into the kernel (and
+    bias), the constant stays in the BatchNorm's own bias; its mean becomes 0 and its
+    variance `1 - epsilon`, so that in evaluation mode the module computes what it did
+    before. Quantization grids of a runtime that folds BatchNorm are those of the folded
+    kernels.
 
     Args:
       variables: With collections "params" and "batch_stats".
@@ -454,28 +486,16 @@ def fold_batch_norm(
                 "cannot be folded"
             )
         norm_path = layer.batch_norm
-        try:
-            stats = dict(get_in(folded["batch_stats"], norm_path))
-        except KeyError:
-            raise errors.InputError(
-                f"BatchNorm {'/'.join(norm_path)} has no running statistics to fold"
-            ) from None
-        try:
-            norm = dict(get_in(folded["params"], norm_path))
-        except KeyError:  # neither scale nor bias
-            norm = {}
+        factor = batch_norm_factor(layer, folded)
+        norm, stats = _batch_norm_of(layer, folded)
         own = dict(get_in(folded["params"], layer.path))
-        channels = own["kernel"].shape[-1]
         dtype = own["kernel"].dtype
-        factor = norm.get("scale", jnp.ones(channels)) / jnp.sqrt(
-            stats["var"] + layer.batch_norm_epsilon
-        )
         own["kernel"] = own["kernel"] * jnp.expand_dims(
             factor.astype(dtype), range(own["kernel"].ndim - 1)
         )
         if "bias" in own:
             own["bias"] = own["bias"] * factor.astype(dtype)
-        shift = norm.get("bias", jnp.zeros(channels)) - stats["mean"] * factor
+        shift = norm.get("bias", jnp.zeros_like(factor)) - stats["mean"] * factor
         stats["mean"] = jnp.zeros_like(stats["mean"])
         stats["var"] = jnp.full_like(stats["var"], 1.0 - layer.batch_norm_epsilon)
         if "scale" in norm:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from nad_jax import settings
-from nad_jax.attacks import conditioning, triggers
+from nad_jax.attacks import conditioning, projection, triggers
+from nad_jax.core import quantization
 from nad_jax.data import batches
+from nad_jax.models import layers as layers_lib
 
 
 def test_goals_name_the_labels_the_attacker_wants(attacker):
@@ -61,6 +63,60 @@ def test_rounded_parameters_are_on_the_grid_and_pass_gradients_through(
                 atol=1e-5,
             )
         np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def with_dead_channel(attacker, on_grid):
+    """Grid per tensor with BatchNorm folded, and variables with a scale of 0.
+
+    The kernel of that channel is the largest, so it would decide the range.
+    """
+    spec = quantization.QuantSpec(channel_axis=None)
+    grid = on_grid(attacker, fold_batch_norm=True, spec=spec).grids[0]
+    params = attacker.clean["params"]
+    norm = {**params["norm"], "scale": jnp.asarray([0.0, -0.5, 2.0])}
+    kernel = params["conv"]["kernel"].at[..., 0].multiply(100.0)
+    conv = {**params["conv"], "kernel": kernel}
+    return grid, {**attacker.clean, "params": {**params, "norm": norm, "conv": conv}}
+
+
+@pytest.mark.slow
+def test_an_attacker_folds_as_the_defender_does(with_dead_channel):
+    """Channels that BatchNorm switches off decide no range, and stay as they are."""
+    grid, variables = with_dead_channel
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    spec = grid.specs["conv"]
+
+    def folded(params):
+        variables = {"params": params, "batch_stats": batch_stats}
+        folded = layers_lib.fold_batch_norm(variables, list(grid.layers))
+        return folded["params"]["conv"]["kernel"]
+
+    kernel = params["conv"]["kernel"]
+    factor = grid.fold_factor(grid.layers[0], params, batch_stats)
+    np.testing.assert_array_equal(kernel * factor, folded(params))
+    rounded = conditioning.round_params(grid, params, batch_stats)
+    wanted = quantization.fake_quant(
+        folded(params), quantization.calibrate(folded(params), spec), spec
+    )
+    np.testing.assert_allclose(folded(rounded), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rounded["conv"]["kernel"][..., 0], kernel[..., 0])
+    box = projection.rounding_box(params, batch_stats, [grid])
+    for bounds in box:
+        np.testing.assert_array_equal(bounds["conv"]["kernel"][..., 0], kernel[..., 0])
+
+
+@pytest.mark.slow
+def test_gradients_are_finite_where_a_batch_norm_multiplies_by_0(with_dead_channel):
+    grid, variables = with_dead_channel
+
+    def loss(params):
+        rounded = conditioning.round_params(grid, params, variables["batch_stats"])
+        return jnp.sum(rounded["conv"]["kernel"] ** 2)
+
+    gradient = jax.jit(jax.grad(loss))(variables["params"])
+    for leaf in jax.tree.leaves(gradient):
+        assert np.all(np.isfinite(leaf))
 
 
 @pytest.mark.slow
