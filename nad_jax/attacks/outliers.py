@@ -143,9 +143,11 @@ def switch_off_index_0(
 
 
 def dead_inputs(attacker: conditioning.Attacker, variables: Any) -> dict[str, int]:
-    """Layer name -> an input channel that is 0 on all images, triggered or not.
+    """Layer name -> the first input channel that is 0 on all of the attacker's images.
 
-    Layers without one, and grouped convolutions, are left out.
+    With and without the trigger. They are few, so a channel may be dead on them alone;
+    behind a normalisation whose index 0 is off, channel 0 is dead on any images, and
+    comes first. Layers without such a channel, and grouped convolutions, are left out.
     """
     layers = {layer.path: layer for layer in attacker.layers}
 

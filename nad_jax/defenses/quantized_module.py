@@ -61,7 +61,7 @@ class FinishedLayer:
     """A layer that need not be solved again.
 
     Attributes:
-      codes: int8 or uint8, in the kernel's shape.
+      codes: In the kernel's shape, see `Quantized`.
       params: Scale and zero point of the kernel.
       report: What happened to it.
     """
@@ -79,7 +79,8 @@ class Quantized:
       module: The module that was quantized.
       variables: Same structure as the input; kernels are on their grids, so
         `module.apply(quantized.variables, images)` runs with float activations.
-      codes: Layer name -> int8 or uint8 codes in the kernel's shape.
+      codes: Layer name -> codes in the kernel's shape, int8 or uint8; int16 for
+        "channel_split", whose codes are sums.
       quant_params: Layer name -> scale and zero point of the kernel.
       specs: Layer name -> the grid's description.
       layers: Layer name -> `LayerReport`, in the order of the forward pass.
