@@ -39,8 +39,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.seed = 0
 
     # The repair: the rates of NAD's public code in a fifth of its epochs, which is
-    # enough to erase (`python -m benchmarks.erase_recipes`) and fits the minutes that
-    # vetting may take.
+    # enough to erase on one victim (`python -m benchmarks.erase_recipes`) and fits the
+    # minutes that vetting may take.
     config.clean_fraction = 0.05
     config.validation_fraction = 0.1
     config.patience = config_dict.placeholder(int)
