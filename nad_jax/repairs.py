@@ -5,6 +5,7 @@ All get the same clean images, batches and budget; what several need is made onc
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,64 @@ def check(
         nad.check(base.Net(model, shapes), one_image, defense.nad, teacher=teacher)
 
 
+def epochs_of_nad(
+    training: settings.TrainingSettings, attention: settings.NadSettings
+) -> int:
+    """Epochs that `nad.run` tells: those of all its students."""
+    return len(attention.beta_factors) * training.epochs
+
+
+def run_stage(
+    workdir: workdir_lib.Workdir,
+    stage: str,
+    repair: Callable[..., base.Defended],
+    victim: base.Net,
+    *,
+    title: str,
+    epochs: int,
+    evaluate: Callable[[Any], dict[str, Any]] | None = None,
+) -> tuple[base.Net, float]:
+    """The net that a repair makes, computed or restored, and its seconds.
+
+    Args:
+      workdir: Keeps the result, the commits and a record of each epoch.
+      stage: Name of the stage there.
+      repair: The `run` of a defence with all arguments but `on_epoch`, `should_stop`
+        and `commits`.
+      victim: What it repairs.
+      title: Of the progress.
+      epochs: That it will tell.
+      evaluate: Rates of variables, to be recorded after each epoch.
+
+    Raises:
+      Interrupted: the workdir was asked to stop.
+    """
+
+    def compute():
+        progress = workdir.progress(title, epochs)
+
+        def on_epoch(variables, metrics):
+            if evaluate is not None:
+                rates = evaluate(variables)
+                metrics = {**metrics, "acc": rates["acc"], "asr": rates["asr"]}
+            workdir.record("epoch", stage=stage, **metrics)
+            progress.advance(f"loss {metrics['loss']:.4f}")
+
+        try:
+            defended = repair(
+                on_epoch=on_epoch,
+                should_stop=workdir.should_stop,
+                commits=workdir.commits,
+            )
+        except loop.TrainingInterrupted as interruption:
+            raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None
+        progress.done(f"loss {defended.history[-1]['loss']:.4f}")
+        return defended.variables
+
+    variables = workdir.stage(stage, victim.variables, compute)
+    return base.Net(victim.model, variables), workdir.seconds[stage]
+
+
 class Stages:
     """The repairs of one model: each a stage of the workdir, none computed twice."""
 
@@ -163,11 +222,12 @@ class Stages:
 
     def _epochs(self, name: str) -> int:
         """Epochs that `on_epoch` of a stage will tell."""
-        nad_settings = self._defense.nad
+        defense = self._defense
         if name == "teacher":
-            return nad_settings.teacher_epochs
-        students = len(nad_settings.beta_factors) if name.startswith("nad") else 1
-        return students * self._defense.training.epochs
+            return defense.nad.teacher_epochs
+        if name.startswith("nad"):
+            return epochs_of_nad(defense.training, defense.nad)
+        return defense.training.epochs
 
     def _stage(
         self, name: str, run: Callable[..., base.Defended], *arguments, **options
@@ -175,40 +235,18 @@ class Stages:
         """What `run` makes of the patient, computed or restored, and its seconds."""
         if name in self._done:
             return self._done[name]
-        patient, workdir = self._patient, self._workdir
-        full_name = f"seed{patient.seed}-{patient.name}-{name}"
-
-        def compute():
-            progress = workdir.progress(
-                f"{name}, {patient.name} model, seed {patient.seed}",
-                self._epochs(name),
-            )
-
-            def on_epoch(variables, metrics):
-                # Of the curve of connectivity only a point is ever used.
-                if self._evaluate is not None and name != "mode_connectivity":
-                    rates = self._evaluate(variables)
-                    metrics = {**metrics, "acc": rates["acc"], "asr": rates["asr"]}
-                workdir.record("epoch", stage=full_name, **metrics)
-                progress.advance(f"loss {metrics['loss']:.4f}")
-
-            try:
-                defended = run(
-                    patient.net,
-                    patient.data,
-                    *arguments,
-                    **options,
-                    key=patient.key,
-                    on_epoch=on_epoch,
-                    should_stop=workdir.should_stop,
-                    commits=workdir.commits,
-                )
-            except loop.TrainingInterrupted as interruption:
-                raise workdir_lib.Interrupted(f"{full_name}: {interruption}") from None
-            progress.done(f"loss {defended.history[-1]['loss']:.4f}")
-            return defended.variables
-
-        variables = workdir.stage(full_name, patient.net.variables, compute)
-        net = base.Net(patient.net.model, variables)
-        self._done[name] = net, workdir.seconds[full_name]
+        patient = self._patient
+        # Of the curve of connectivity only a point is ever used.
+        evaluate = None if name == "mode_connectivity" else self._evaluate
+        self._done[name] = run_stage(
+            self._workdir,
+            f"seed{patient.seed}-{patient.name}-{name}",
+            functools.partial(
+                run, patient.net, patient.data, *arguments, key=patient.key, **options
+            ),
+            patient.net,
+            title=f"{name}, {patient.name} model, seed {patient.seed}",
+            epochs=self._epochs(name),
+            evaluate=evaluate,
+        )
         return self._done[name]

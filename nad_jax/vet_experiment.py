@@ -12,6 +12,7 @@ else: no choice depends on it.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, pipeline, roundings, settings, vet_export
+from nad_jax import errors, pipeline, repairs, roundings, settings, vet_export
 from nad_jax import workdir as workdir_lib
 from nad_jax.attacks import triggers
 from nad_jax.data import sources
@@ -28,7 +29,7 @@ from nad_jax.defenses import base, nad, quantized_module
 from nad_jax.interop import name_maps, reader
 from nad_jax.models import layers as layers_lib
 from nad_jax.report import schema
-from nad_jax.training import environment, evaluation, loop
+from nad_jax.training import environment, evaluation
 
 # The row that is shipped.
 _SHIPPED = "efrap"
@@ -285,33 +286,15 @@ def _repair(
     data = base.clean_data(scene.train, *rows)
     tuning = settings.TuningSettings(config.training, patience=config.patience)
     victim = base.Net(scene.model, given)
-
-    def compute():
-        progress = workdir.progress("nad", config.training.epochs)
-
-        def on_epoch(variables, metrics):
-            del variables
-            workdir.record("epoch", stage="nad", **metrics)
-            progress.advance(f"loss {metrics['loss']:.4f}")
-
-        defended = nad.run(
-            victim,
-            data,
-            tuning,
-            config.nad,
-            key=repair_key,
-            on_epoch=on_epoch,
-            should_stop=workdir.should_stop,
-            commits=workdir.commits,
-        )
-        progress.done(f"{len(data.labels)} clean images")
-        return defended.variables
-
-    try:
-        repaired = workdir.stage("nad", given, compute)
-    except loop.TrainingInterrupted as interruption:
-        raise workdir_lib.Interrupted(f"nad: {interruption}") from None
-    return repaired, workdir.seconds["nad"]
+    net, seconds = repairs.run_stage(
+        workdir,
+        "nad",
+        functools.partial(nad.run, victim, data, tuning, config.nad, key=repair_key),
+        victim,
+        title=f"nad, {len(data.labels)} clean images",
+        epochs=repairs.epochs_of_nad(config.training, config.nad),
+    )
+    return net.variables, seconds
 
 
 def _card(

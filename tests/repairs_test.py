@@ -3,14 +3,25 @@
 
 import contextlib
 import dataclasses
+import json
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
 from configs import efrap as efrap_config
 from configs import nad as nad_config
-from nad_jax import efrap_experiment, errors, nad_experiment, repairs, settings, zoo
+from configs import vet as vet_config
+from nad_jax import (
+    efrap_experiment,
+    errors,
+    nad_experiment,
+    repairs,
+    settings,
+    vet_experiment,
+    zoo,
+)
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
 from nad_jax.defenses import base, nad
@@ -201,3 +212,76 @@ def test_a_run_goes_on_with_the_victim_of_the_zoo_it_began_with(tmp_path, monkey
             nad_experiment._from_zoo("one", workdir)
         with pytest.raises(errors.InputError, match="another victim of the zoo"):
             nad_experiment._from_zoo("one", workdir)
+
+
+@pytest.mark.parametrize("factors", [(1.0,), (0.5, 2.0)])
+def test_lines_of_metrics_tell_students_apart(tmp_path, monkeypatch, factors):
+    """So in both experiments that distil; and the progress is told of all epochs."""
+    epochs, totals = 3, []
+    net = base.Net(None, {"params": {"w": np.ones(2, np.float32)}})
+
+    def tune(victim, data, tuning, *, on_epoch, **options):
+        history = tuple({"epoch": i + 1, "loss": 0.0} for i in range(epochs))
+        for metrics in history:
+            on_epoch(victim.variables, metrics)
+        return base.Defended(victim.variables, history)
+
+    monkeypatch.setattr(base, "tune", tune)
+    monkeypatch.setattr(base, "validation_accuracy", lambda *_: lambda _: 1.0)
+    monkeypatch.setattr(nad, "check_stages", lambda *_: None)
+    monkeypatch.setattr(nad, "mean_square_betas", lambda *_: {"stage1": 1.0})
+    monkeypatch.setattr(
+        workdir_lib.Workdir,
+        "progress",
+        lambda self, title, total: totals.append(total) or _NoProgress(),
+    )
+    labels = np.arange(20, dtype=np.int32) % 2
+    train = sources.Dataset(np.zeros((20, 4, 4, 3), np.uint8), labels, 2, "small")
+    given = settings.NadSettings({"stage1": 1.0}, beta_factors=factors)
+    keys = dict.fromkeys(("clean_key", "repair_key"), jax.random.key(0))
+
+    sections = nad_config.get_config("smoke").to_dict()
+    defense = settings.parse(sections).defense
+    training = dataclasses.replace(defense.training, epochs=epochs)
+    defense = dataclasses.replace(defense, nad=given, training=training)
+    vetting = dataclasses.replace(
+        settings.parse({**vet_config.get_config().to_dict(), "checkpoint": "x"}),
+        nad=given,
+        training=training,
+    )
+    data = base.clean_data(train, np.arange(18), np.arange(18, 20))
+
+    def repair(workdir):
+        patient = repairs.Patient("clean", 0, net, data, keys["clean_key"])
+        monkeypatch.setattr(
+            repairs.Stages, "teacher", lambda self: (self._patient.net, 0.0)
+        )
+        repairs.Stages(defense, workdir, patient).repair("nad")
+
+    def vet(workdir):
+        monkeypatch.setattr(
+            nad, "make_teacher", lambda *_, **__: base.Defended(net.variables, ())
+        )
+        scene = vet_experiment._Scene(train, train, None, [], None, lambda *_: ({}, 0))
+        vet_experiment._repair(vetting, scene, workdir, net.variables, **keys)
+
+    for job in (repair, vet):
+        path = tmp_path / job.__name__
+        with contextlib.closing(workdir_lib.Workdir(path, {})) as workdir:
+            job(workdir)
+        lines = (path / "metrics.jsonl").read_text("utf-8").splitlines()
+        told = [json.loads(line) for line in lines]
+        several = len(factors) > 1
+        assert [(line.get("beta_factor"), line["epoch"]) for line in told] == [
+            (factor if several else None, i + 1)
+            for factor in factors
+            for i in range(epochs)
+        ]
+        assert totals.pop() == len(told)
+
+
+class _NoProgress:
+    def advance(self, note=""):
+        pass
+
+    done = advance
