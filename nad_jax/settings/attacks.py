@@ -231,7 +231,7 @@ class PoisoningSettings:
       poison_rate: Poisoned share of the whole training set.
       perturbation: Clean label only: L-infinity length, in [0, 1] pixel units, of the
         adversarial change that makes poisoned images hard to learn before they are
-        stamped; 0 = none (`nad_jax.attacks.clean_label`).
+        stamped; at least 1/255, or 0 = none (`nad_jax.attacks.clean_label`).
       perturbation_steps: Gradient steps for it.
       noise_ratio: Triggers that bend the image only: so many times as many other images
         as are poisoned are bent in ways of their own and keep their label; 0 = none.
@@ -255,7 +255,9 @@ class PoisoningSettings:
         check_name(self, "label_mode", modes)
         check(self, "target_label", self.target_label >= 0, ">= 0")
         check(self, "poison_rate", 0 < self.poison_rate <= 1, "in (0, 1]")
-        check(self, "perturbation", 0 <= self.perturbation <= 1, "in [0, 1]")
+        shows = self.perturbation == 0 or 1 / 255 <= self.perturbation <= 1
+        accepted = "0 or in [1/255, 1] (pixels are stored in 255 steps)"
+        check(self, "perturbation", shows, accepted)
         check(self, "perturbation_steps", self.perturbation_steps >= 1, "at least 1")
         if self.perturbation and self.label_mode != "clean_label":
             raise InputError("perturbation is for label_mode clean_label only")

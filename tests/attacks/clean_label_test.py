@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nad_jax import errors, settings
 from nad_jax.attacks import clean_label
 
 WEIGHTS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
@@ -54,3 +55,19 @@ def test_a_linear_model_is_fooled_as_far_as_it_goes():
     )
     expected = 128 + 4 * np.sign(two[:, 1] - two[:, 0])
     np.testing.assert_array_equal(changed.ravel(), expected)
+
+
+@pytest.mark.parametrize("radius", [-0.1, 0.003, 1.1])
+def test_a_change_of_less_than_a_grey_level_is_refused(radius):
+    with pytest.raises(errors.InputError, match=f"stored in 255 steps.*{radius}"):
+        settings_of(radius)
+
+
+def test_no_change_and_one_grey_level_are_accepted():
+    assert [settings_of(r).perturbation for r in (0.0, 1 / 255)] == [0.0, 1 / 255]
+
+
+def settings_of(radius):
+    return settings.PoisoningSettings(
+        settings.TriggerSettings("grid"), label_mode="clean_label", perturbation=radius
+    )
