@@ -77,11 +77,12 @@ def run(
 
     Raises:
       InputError: a stage that does not exist, or whose map is 1x1 or constant; a
-        teacher for other images.
+        teacher for other images, or with maps of other sizes.
     """
     # Whatever can be refused is, before the teacher is trained.
+    check(victim, clean_data, nad, teacher=teacher)
     betas = mean_square_betas(victim, clean_data, nad)
-    stages = [stage for stage, beta in betas.items() if beta * max(nad.beta_factors)]
+    stages = _that_count(betas, nad)
     validate = None
     if len(nad.beta_factors) > 1:
         validate = base.validation_accuracy(victim, clean_data)
@@ -331,7 +332,7 @@ def check(
         images, or with maps of other sizes.
     """
     betas = mean_square_betas(victim, clean_data, nad)
-    stages = [stage for stage, beta in betas.items() if beta * max(nad.beta_factors)]
+    stages = _that_count(betas, nad)
     nets = (
         {"victim": victim}
         if teacher is None
@@ -348,6 +349,11 @@ def check(
                 f"stage {stage!r} of the teacher has a map of {sizes[-1][stage]}, of "
                 f"the victim one of {sizes[0][stage]}"
             )
+
+
+def _that_count(betas: Mapping[str, float], nad: settings.NadSettings) -> list[str]:
+    """Stages that some student is taught."""
+    return [stage for stage, beta in betas.items() if beta * max(nad.beta_factors)]
 
 
 def _check_shapes(

@@ -11,7 +11,7 @@ import pytest
 
 from nad_jax import errors, settings
 from nad_jax.data import batches
-from nad_jax.defenses import base, fine_tuning, nad
+from nad_jax.defenses import base, fine_tuning, nad, view_bank
 from nad_jax.models import capture
 
 KEY = jax.random.key(5)
@@ -350,6 +350,27 @@ def test_no_teacher_is_trained_where_no_stage_counts(
     monkeypatch.setattr(base, "tune", lambda *arguments, **options: tuned)
     own = settings.NadSettings(betas, beta_factors=factors)
     assert nad.run(victim, clean_data, tuning, own, key=KEY) is tuned
+
+
+@pytest.mark.slow
+def test_a_teacher_with_other_maps_is_refused_before_it_is_asked(
+    no_training, monkeypatch, victim, teacher, clean_data, tuning
+):
+    """Their sizes are looked at before any map of it is computed and kept."""
+    swapped = _captured({"stage1": "norm", "stage2": "early"})
+    monkeypatch.setattr(view_bank, "build", None)
+    own = settings.NadSettings(BETAS, teacher_views=2)
+    with pytest.raises(
+        errors.InputError, match=r"map of \[3, 3\], of the victim one of"
+    ):
+        nad.run(
+            victim,
+            clean_data,
+            tuning,
+            own,
+            key=KEY,
+            teacher=teacher._replace(model=swapped),
+        )
 
 
 @pytest.mark.slow
