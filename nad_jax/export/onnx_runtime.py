@@ -30,8 +30,9 @@ class Session:
       threads: CPU threads; None = as many as ONNX Runtime chooses.
       integers: Whether layers with quantized inputs and 8-bit kernels may be computed
         in integers, as a deployed model would be. Those logits differ from JAX's by
-        single steps of the activation grids, which later layers spread. False
-        computes them in float32, equal to JAX's up to the order of sums.
+        single steps of the activation grids, which later layers spread; on x86 CPUs
+        without VNNI by more, since pairs of products are then added in 16 bits and
+        overflow (a deployed model meets that, too). False computes them in float32, equal to JAX's up to the order of sums.
       optimized_path: Where to write the graph that ONNX Runtime made of it.
 
     Raises:
