@@ -32,7 +32,8 @@ class Session:
         in integers, as a deployed model would be. Those logits differ from JAX's by
         single steps of the activation grids, which later layers spread; on x86 CPUs
         without VNNI by more, since pairs of products are then added in 16 bits and
-        overflow (a deployed model meets that, too). False computes them in float32, equal to JAX's up to the order of sums.
+        overflow (a deployed model meets that, too). False computes
+        them in float32, equal to JAX's up to the order of sums.
       optimized_path: Where to write the graph that ONNX Runtime made of it.
 
     Raises:
