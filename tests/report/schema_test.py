@@ -33,6 +33,9 @@ def _row(**changes):
     return {**row, **changes}
 
 
+_POINT = {"flip_weight": 0.1, "output_error": 2.0, "flip_rate": 0.5}
+
+
 def _report(**changes):
     report = {
         "schema": schema.SCHEMA,
@@ -141,7 +144,14 @@ def test_an_impossible_row_is_refused_in_one_line_that_names_the_field(key, valu
         ("rows", {}),
         ("rows", [[]]),
         ("layers", [{**_report()["layers"][0], "objective_descent": -1.0}]),
-        ("layers", [{**_report()["layers"][0], "path": [{"flip_weight": 0.1}]}]),
+        *(
+            ("layers", [{**_report()["layers"][0], "path": [{**_POINT, **wrong}]}])
+            for wrong in (
+                {"flip_weight": -0.1},
+                {"output_error": None},
+                {"flip_rate": 1.5},
+            )
+        ),
         ("layers", [{"seed": 0}]),
         ("claims", [{"text": "x", "passed": 1}]),
         ("notes", "one"),
