@@ -133,7 +133,6 @@ def test_a_shipped_config_is_found_from_any_folder(capsys, tmp_path, monkeypatch
 
 
 def _start(workdir, *arguments, stderr=subprocess.PIPE):
-    environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.Popen(
         [
             sys.executable,
@@ -144,7 +143,6 @@ def _start(workdir, *arguments, stderr=subprocess.PIPE):
             *arguments,
         ],
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -289,7 +287,7 @@ def test_a_signal_to_one_process_stops_all_with_its_code(tmp_path):
                 "--config.victim.epochs=100000",
             ],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "", "PYTHON": sys.executable},
+            env={**os.environ, "PYTHON": sys.executable},
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
@@ -335,7 +333,6 @@ def test_two_processes_write_the_report_of_one(finished, tmp_path):
         env={
             **os.environ,
             "DEVICES": "2",
-            "XLA_FLAGS": "",
             "PYTHON": sys.executable,
         },
         capture_output=True,

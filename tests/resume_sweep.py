@@ -100,7 +100,7 @@ def run_through(
         capture_output=True,
         text=True,
         cwd=_ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         check=False,
     )
     return finished.returncode, _last_line(finished.stderr)

@@ -206,8 +206,12 @@ def _free_port() -> int:
 
 
 def _environment(**more):
-    devices = "--xla_force_host_platform_device_count=2"
-    return {**os.environ, "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT), **more}
+    return {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "2",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
 
 
 @pytest.mark.slow
