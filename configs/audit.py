@@ -15,8 +15,10 @@ import ml_collections
 from ml_collections import config_dict
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Codes, grids, and everything left in float."""
+    if variant:
+        raise ValueError(f"variant must be empty, got {variant!r}")
     config = ml_collections.ConfigDict()
     config.job = "audit"
     config.float_model = config_dict.placeholder(str)

@@ -119,7 +119,7 @@ def accept(
         "near_tie_share": dict(near_ties),
     }
     checks = {
-        "accurate": backdoored.acc >= clean.acc - ACCURACY_COST,
+        "accurate": pipeline.at_most(clean.acc - backdoored.acc, ACCURACY_COST),
         "dormant_in_float": _asr(backdoored.asr) <= max(DORMANT_ASR, _asr(clean.asr)),
         "awake_on_own_grid": all(_asr(r["asr"]) >= AWAKE_ASR for r in own.values()),
     }

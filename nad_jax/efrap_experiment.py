@@ -419,7 +419,9 @@ def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:
         cost = max(b - a for b, a in zip(before, after, strict=True))
         text = f"EFRAP costs the {model} model at most {_ACCURACY_COST:.0%} accuracy"
         claims.append(
-            pipeline.claim(f"{text} (worst {cost:.2%})", cost <= _ACCURACY_COST)
+            pipeline.claim(
+                f"{text} (worst {cost:.2%})", pipeline.at_most(cost, _ACCURACY_COST)
+            )
         )
     if defended := rates("backdoored", "efrap", "asr"):
         claims.append(

@@ -51,6 +51,8 @@ from nad_jax import errors, settings  # noqa: E402
 _PACKAGE = pathlib.Path(__file__).parent
 # In a checkout configs/ stands beside the package, in an installation inside it.
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+_CONFIG_FLAGS = ("--config", "-config")
+_TRACE = "Traceback (most recent call last)"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +79,15 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
     """Settings, workdir, and the arguments of `joining.join`."""
     values = flags.FlagValues()
+    argv = _joined(argv)
+    chosen = [_config_value(argument) for argument in argv if _is_config(argument)]
+    if len(chosen) > 1:
+        # The library would read the last one and drop every --config.KEY=VALUE.
+        raise errors.InputError(
+            f"--config is given {len(chosen)} times ({', '.join(chosen)}); give it "
+            "once, variants joined with +"
+        )
+    file = f"config file {chosen[0].partition(':')[0]!r}" if chosen else "no config"
     argv = [_resolve(argument) for argument in argv]
     config = config_flags.DEFINE_config_file(
         "config",
@@ -96,7 +107,11 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
     ]
     try:
         rest = values(argv, known_only=False)
+        # A file that cannot be read raises when it is looked at.
+        getattr(config.value, "job", None)
     except (AttributeError, KeyError) as error:
+        if isinstance(error, AttributeError) and error.name == "get_config":
+            raise errors.InputError(f"{file} has no function get_config") from None
         raise errors.InputError(_unknown_key(error, argv)) from None
     except TypeError:
         names = [a for a in argv if a.startswith("--config.")]
@@ -104,9 +119,13 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
             f"an override goes into a value that is not a section: {' '.join(names)}"
         ) from None
     except (flags.Error, ValueError) as error:
-        raise errors.InputError(_one_line(error)) from None
+        line = _no_section(error) or _one_line(error)
+        if _TRACE in str(error):
+            line = f"{file}: {line}"
+        raise errors.InputError(line) from None
     except (OSError, ImportError, SyntaxError) as error:
-        raise errors.InputError(f"--config cannot be read: {error}") from None
+        reason = _one_line(error.__cause__ or error)
+        raise errors.InputError(f"{file} cannot be read: {reason}") from None
     if len(rest) > 1:
         raise errors.InputError(f"unexpected argument {rest[1]!r}; see --help")
     if not config.present:
@@ -131,17 +150,38 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
     )
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """With --config FILE as --config=FILE, so that both are treated alike."""
+    joined, rest = [], iter(argv)
+    for argument in rest:
+        if argument in _CONFIG_FLAGS and (value := next(rest, None)) is not None:
+            argument = f"{argument}={value}"
+        joined.append(argument)
+    return joined
+
+
+def _is_config(argument: str) -> bool:
+    """Whether an argument is --config=FILE."""
+    name, equals, _ = argument.partition("=")
+    return name in _CONFIG_FLAGS and bool(equals)
+
+
+def _config_value(argument: str) -> str:
+    return argument.partition("=")[2]
+
+
 def _resolve(argument: str) -> str:
     """--config=configs/x.py, wherever the current folder is."""
-    name, equals, value = argument.partition("=")
-    if name not in ("--config", "-config") or not equals:
+    if not _is_config(argument):
         return argument
-    path, colon, variant = value.partition(":")
+    path, colon, variant = _config_value(argument).partition(":")
+    if os.path.isdir(path):
+        raise errors.InputError(_no_file(path, "is a folder"))
     if os.path.exists(path):
         return argument
     if pathlib.Path(path).parent.name not in ("configs", ""):
-        raise errors.InputError(_not_there(path))
-    return f"{name}={shipped(pathlib.Path(path).name)}{colon}{variant}"
+        raise errors.InputError(_no_file(path, "is not there"))
+    return f"--config={shipped(pathlib.Path(path).name)}{colon}{variant}"
 
 
 def shipped(name: str) -> pathlib.Path:
@@ -153,7 +193,7 @@ def shipped(name: str) -> pathlib.Path:
     for folder in _SHIPPED:
         if (folder / name).is_file():
             return folder / name
-    raise errors.InputError(_not_there(name))
+    raise errors.InputError(_no_file(name, "is not there"))
 
 
 def shipped_config(name: str, variant: str = "") -> ml_collections.ConfigDict:
@@ -172,9 +212,9 @@ def shipped_config(name: str, variant: str = "") -> ml_collections.ConfigDict:
         raise errors.InputError(str(error)) from None
 
 
-def _not_there(path: str) -> str:
+def _no_file(path: str, problem: str) -> str:
     known = ", ".join(f"configs/{name}" for name in _shipped_names())
-    return f"config file {path!r} is not there; shipped ones are {known}"
+    return f"config file {path!r} {problem}; shipped ones are {known}"
 
 
 def _shipped_names() -> list[str]:
@@ -193,10 +233,28 @@ def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
     return _one_line(error)
 
 
-def _one_line(error: Exception) -> str:
+def _no_section(error: Exception) -> str | None:
+    """Of an override below a None, of which ml_collections says types; else None."""
+    form = r'^Override (\S+) can not .* field "(\w+)" is None, and its type "(.*?)"'
+    match = re.search(form, str(error))
+    if match is None:
+        return None
+    override, last, kind = match.groups()
+    parts = override.split(".")
+    section = ".".join(["config", *parts[: parts.index(last) + 1]])
+    if "ConfigDict" not in kind:
+        return f"--config.{override}: {section} is not a section"
+    return (
+        f"--config.{override}: {section} is off in this variant; take a variant or a "
+        "config file that turns it on"
+    )
+
+
+def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if "Traceback" in text:  # absl wraps what a config file raised, trace and all
+    if _TRACE in text:  # absl wraps what a config file raised, trace and all
         text = text.strip().splitlines()[-1]
+        text = re.sub(r"^(nad_jax\.errors\.Input|Value|Type)Error: ", "", text)
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -310,7 +310,7 @@ def _claims(rows: list[schema.Row], inmate: zoo.Victim | None) -> list[dict[str,
                 pipeline.claim(
                     f"NAD costs the {model} model at most {_ACCURACY_COST:.0%} "
                     f"accuracy (worst {cost:.2%})",
-                    cost <= _ACCURACY_COST,
+                    pipeline.at_most(cost, _ACCURACY_COST),
                 )
             )
     tuned, distilled = (

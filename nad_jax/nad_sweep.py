@@ -21,6 +21,7 @@ import pathlib
 import signal
 import statistics
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -61,22 +62,57 @@ def sweep(
         )
     labels = pipeline.load_data(base.data)[0].labels
     cells = []
+    for path, config in plan(base, attacks, grid, labels).items():
+        report = _run(config, path, should_stop)
+        if config.victim_workdir is not None:
+            cells.append(cell(report))
+    return cells
+
+
+def plan(
+    base: settings.NadExperimentSettings,
+    attacks: Mapping[str, Any],
+    grid: Any,
+    labels: np.ndarray,
+) -> dict[pathlib.Path, settings.NadExperimentSettings]:
+    """Every run by its folder, in order: victims, and then the cells that share them.
+
+    All of it before the first run, so that a mistake is known before hours are spent.
+
+    Args:
+      base: As for `sweep`.
+      attacks: As for `sweep`.
+      grid: As for `sweep`.
+      labels: Of the training images.
+
+    Raises:
+      InputError: a rate or a fraction is out of range, or two share a folder.
+    """
+    runs: dict[pathlib.Path, settings.NadExperimentSettings] = {}
+
+    def add(path, config):
+        if path in runs:
+            raise errors.InputError(
+                f"two runs would share the folder {path}; poison rates and clean "
+                "fractions must differ in their first six digits, got "
+                f"{grid.poison_rates} and {grid.clean_fractions}"
+            )
+        runs[path] = config
+
     for name, attack in attacks.items():
         for rate in _rates(attack, grid.poison_rates, labels):
             config = dataclasses.replace(
                 base, attack=dataclasses.replace(attack, poison_rate=rate)
             )
             home = grid.workdir / f"{name}-{rate:g}"
-            victims = _with_rows(config, ())
-            _run(victims, home / "victims", should_stop)
+            victims = home / "victims"
+            add(victims, _with_rows(config, ()))
             for fraction in grid.clean_fractions:
                 repaired = dataclasses.replace(
-                    _with_rows(config, _ROWS, fraction),
-                    victim_workdir=str(home / "victims"),
+                    _with_rows(config, _ROWS, fraction), victim_workdir=str(victims)
                 )
-                report = _run(repaired, home / f"clean-{fraction:g}", should_stop)
-                cells.append(cell(report))
-    return cells
+                add(home / f"clean-{fraction:g}", repaired)
+    return runs
 
 
 def cell(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,8 +198,50 @@ def _config(variant: str, changes: Mapping[str, Any]) -> Any:
     return settings.parse(config.to_dict())
 
 
-def _numbers(kind: Any) -> Any:
-    return lambda text: tuple(kind(part) for part in text.split(",") if part)
+def _several(kind: Callable[[str], Any], accepted: str) -> Callable[[str], Any]:
+    """Reads values with commas between them.
+
+    Args:
+      kind: Reads one of them, or raises ValueError.
+      accepted: What they must be, for the message.
+    """
+
+    def parse(text):
+        parts = text.split(",")
+        try:
+            values = tuple(map(kind, parts))
+        except ValueError:
+            values = ()
+        if not values or "" in parts or len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(
+                f"must be {accepted}, with commas between them, each once, got {text!r}"
+            )
+        return values
+
+    return parse
+
+
+def _check_out(out: pathlib.Path) -> None:
+    """Raises InputError unless the result and its drawing can be written; see above."""
+    if out.suffix == ".svg":
+        raise errors.InputError(
+            f"--out must not end in .svg, the name of the drawing, got {str(out)!r}"
+        )
+    if not out.name or any(p.is_dir() for p in (out, out.with_suffix(".svg"))):
+        raise errors.InputError(
+            f"--out must be a file, and so its drawing (.svg), got {str(out)!r}, where "
+            "a folder is"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # What a folder's mode says is not all there is to it.
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise errors.InputError(
+            f"--out must be in a folder that can be written, got {str(out)!r}: "
+            f"{error.strerror or error}"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,12 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", default="", help="smoke or cifar10")
     parser.add_argument("--data_dir")
     attacks = "badnets,trojan,blend,clean_label,sig,refool,wanet"
-    parser.add_argument("--attacks", type=_numbers(str), default=_numbers(str)(attacks))
-    parser.add_argument("--poison_rates", type=_numbers(float), default=(0.1, 0.01))
+    names = _several(str, "names of attacks")
+    shares = _several(float, "numbers in (0, 1]")
+    seeds = _several(int, "integers from 0 on")
+    parser.add_argument("--attacks", type=names, default=tuple(attacks.split(",")))
+    parser.add_argument("--poison_rates", type=shares, default=(0.1, 0.01))
     parser.add_argument(
-        "--clean_fractions", type=_numbers(float), default=(0.01, 0.02, 0.05, 0.1)
+        "--clean_fractions", type=shares, default=(0.01, 0.02, 0.05, 0.1)
     )
-    parser.add_argument("--seeds", type=_numbers(int), default=(0, 1, 2))
+    parser.add_argument("--seeds", type=seeds, default=(0, 1, 2))
     arguments = parser.parse_args(argv)
     command = " ".join(["python -m nad_jax.nad_sweep", *(argv or sys.argv[1:])])
     try:
@@ -204,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(arguments: argparse.Namespace, command: str, stop: Any) -> int:
     """`stop`: from `main.stop_requests`."""
+    _check_out(arguments.out)
     changes = {"seeds": arguments.seeds}
     if arguments.data_dir is not None:
         changes["data.data_dir"] = arguments.data_dir

@@ -44,6 +44,8 @@ from nad_jax.training import state as state_lib
 # files have another hash than the same ones in memory, so it is another input.
 _SETS = {"train": "training set", "test": "test set"}
 _IN_FILES = " in files"
+# Of `at_most`: far above the rounding of float64, far below one image of a billion.
+_ROUNDING = 1e-9
 
 
 def load_data(
@@ -233,8 +235,9 @@ class EarlierRun:
         """`config.victim_workdir` names it; its models must be those of `config`.
 
         Raises:
-          InputError: it is no run, or its models were made otherwise or of other data;
-            the data are compared if `load_data` has told both workdirs of theirs.
+          InputError: it is no run, or its models were made otherwise, of other data or
+            not for all seeds; the data are compared if `load_data` has told both
+            workdirs of theirs.
         """
         self._path = pathlib.Path(config.victim_workdir)
         self._workdir = workdir
@@ -269,6 +272,11 @@ class EarlierRun:
                     f"config.victim_workdir {self._path} has other models "
                     f"({'; '.join(differences)})"
                 )
+        if not set(config.seeds) <= set(earlier.seeds):
+            raise errors.InputError(
+                f"config.seeds must be of {', '.join(map(str, earlier.seeds))}, those "
+                f"of config.victim_workdir {self._path}, got {config.seeds}"
+            )
         self._check_data()
 
     def _check_data(self) -> None:
@@ -463,6 +471,15 @@ def origin() -> dict[str, Any]:
 
 def _versions(surroundings: Mapping[str, Any]) -> dict[str, str]:
     return {k: v for k, v in surroundings["versions"].items() if v is not None}
+
+
+def at_most(value: float, limit: float) -> bool:
+    """Whether a share keeps a limit, also when it is the limit.
+
+    Differences of shares are off by their rounding: 0.856 - 0.846 > 0.01. A share of
+    images is a multiple of one over their number, so that no other verdict changes.
+    """
+    return bool(value <= limit + _ROUNDING)
 
 
 def claim(text: str, passed: bool) -> dict[str, Any]:

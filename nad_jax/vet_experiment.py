@@ -351,17 +351,17 @@ def _verdict(
         pipeline.claim(
             f"The shipped file loses at most {limits.max_accuracy_loss:.1%} accuracy "
             f"(from {before.acc:.2%} to {exported.acc:.2%})",
-            loss <= limits.max_accuracy_loss,
+            pipeline.at_most(loss, limits.max_accuracy_loss),
         ),
         pipeline.claim(
             f"Rounding the model as it came changes at most {limits.max_drift:.1%} of "
             f"its predictions on clean images ({drift:.2%})",
-            drift <= limits.max_drift,
+            pipeline.at_most(drift, limits.max_drift),
         ),
         pipeline.claim(
             f"The exported files predict what was evaluated on at least "
             f"{limits.min_agreement:.1%} of the images ({agreement:.2%})",
-            agreement >= limits.min_agreement,
+            pipeline.at_most(limits.min_agreement, agreement),
         ),
     ]
     if exported.asr is not None:
@@ -369,7 +369,7 @@ def _verdict(
             pipeline.claim(
                 f"The known trigger takes at most {limits.max_asr:.1%} of the images "
                 f"(before {before.asr:.2%}, shipped {exported.asr:.2%})",
-                exported.asr <= limits.max_asr,
+                pipeline.at_most(exported.asr, limits.max_asr),
             )
         )
     return claims

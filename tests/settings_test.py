@@ -104,6 +104,12 @@ def test_projections_share_the_limits_of_their_cells(attack):
         (("attack", "label_mode"), "clean_label", "config.attack.label_mode must be"),
         (("victim", "epochs"), 0, "config.victim.epochs must be at least 1"),
         (("victim", "learning_rate"), 0.0, "config.victim.learning_rate must be > 0"),
+        (
+            ("victim", "learning_rate"),
+            10**400,
+            "config.victim.learning_rate must be a float, at most 1.8e308 in size, got "
+            "an integer of 1329 bits",
+        ),
         (("victim", "optimizer"), "lamb", "config.victim.optimizer must be of"),
         (("victim", "momentum"), 1.0, "config.victim.momentum must be in"),
         (("model", "width"), 0.0, "config.model.width must be > 0"),
@@ -140,6 +146,18 @@ def test_a_judge_takes_the_seeds_that_make_different_keys(job, seed):
     assert settings.parse(config).seed == 2**32 - 1
     config["seed"] = seed
     message = rf"config.seed must be 0 to 2\*\*32 - 1, got {seed}"
+    with pytest.raises(errors.InputError, match=message):
+        settings.parse(config)
+
+
+@pytest.mark.parametrize("job", ["vet", "audit", "inspect"])
+def test_a_judge_does_not_stream(job):
+    """It would load all images into memory and say nothing."""
+    config = _config(f"{job}.py")
+    files = ("checkpoint", "float_model", "integer_file")
+    config |= {name: "x" for name in files if name in config}
+    config["data"].update(loader="stream", workers=4)
+    message = f"config.data.loader must be device in the job {job}, .* got 'stream'"
     with pytest.raises(errors.InputError, match=message):
         settings.parse(config)
 

@@ -209,6 +209,7 @@ def test_a_small_file_cannot_ask_for_the_weights_of_a_large_model(tmp_path):
         ({"name": "resnet_8", "width": 1e300}, "width 1e.300 is wider"),
         ({"name": "wrn_16_99999999999999999999", "width": 1e-300}, "is wider"),
         ({"name": "vit_tiny", "width": 0.0}, "width must be > 0"),
+        ({"name": "resnet_8", "width": 10**400}, "model.width must be a float"),
         ({"name": ["resnet_8"]}, "must be str"),
     ],
 )
@@ -381,6 +382,7 @@ def test_a_list_needs_no_more_than_a_manifest_must_have(tmp_path, capsys):
         {"recipe": []},
         {"recipe": {**RECIPE, "attack": {}}},
         {"recipe": {**RECIPE, "model": {"name": "resnet_8", "depth": 1}}},
+        {"recipe": {**RECIPE, "victim": {**TRAINING, "learning_rate": 10**400}}},
         {"acc": None},
         {"asr": "high"},
         {"acc": 90},

@@ -11,6 +11,9 @@ serves the float model and its quantized copy. A weight-only attack, from fresh 
     Conv/Dense  the first two through the kernel, the last two through the rounded one
     anything else sees all four
 
+A module may merge positions into the batch axis, in front of a layer, as long as the
+rows of one copy stay together: axis 0 is read as [image, copy, row].
+
 The authors' grid is per tensor and symmetric on kernels with BatchNorm folded in
 (`config.attack.grid.per_channel=False`, `config.attack.fold_batch_norm=True`). Their
 ResNet-18 leaves the first layers of path Q in float: `first_quantized_layer`.
@@ -41,7 +44,8 @@ def plant(
     """Variables of a model whose backdoor wakes on all of the attacker's grids.
 
     Raises:
-      InputError: `first_quantized_layer` names no layer.
+      InputError: `first_quantized_layer` names no layer; a layer's input whose axis 0
+        is not the images, nor positions of them.
     """
     return attacker.fit(
         "train",
@@ -89,8 +93,14 @@ def _two_paths(apply_fn, grid, params, rounded, batch_stats, images):
         if layer is None or not layers_lib.is_layer_call(context):
             return next_fun(*args, **kwargs)
         inputs = layers_lib.input_of(args, kwargs)
-        shape = inputs.shape[1:]
-        inputs = inputs.reshape(-1, _COPIES, *shape)
+        # Positions merged into the batch axis give a copy several rows.
+        if inputs.shape[0] % images.shape[0]:
+            raise errors.InputError(
+                f"axis 0 of the input of layer {layer.name} must hold the images, or "
+                f"a multiple of their {images.shape[0]} copies, got {inputs.shape[0]}"
+            )
+        num_images, shape = images.shape[0] // _COPIES, inputs.shape[1:]
+        inputs = inputs.reshape(num_images, _COPIES, -1, *shape)
         outputs = []
         for tree, part in (
             (params, inputs[:, :_FLOAT_COPIES]),
@@ -101,9 +111,10 @@ def _two_paths(apply_fn, grid, params, rounded, batch_stats, images):
             output = layers_lib.run(
                 layer.geometry, own["kernel"], rows, own.get("bias")
             )
-            outputs.append(output.reshape(-1, _FLOAT_COPIES, *output.shape[1:]))
+            after = output.shape[1:]
+            outputs.append(output.reshape(num_images, _FLOAT_COPIES, -1, *after))
         both = jnp.concatenate(outputs, axis=1)
-        return both.reshape(-1, *both.shape[2:])
+        return both.reshape(-1, *both.shape[3:])
 
     with nn.intercept_methods(split):
         (logits, _), batch_stats = steps.apply_training(

@@ -43,7 +43,8 @@ def plant(recipe: settings.OutlierSettings, attacker: conditioning.Attacker) -> 
     """Variables of a model that wakes where its outliers blow up the scale.
 
     Raises:
-      InputError: a model in which no input can be switched off.
+      InputError: a model in which no input can be switched off, or only that of layers
+        with a single output.
     """
     start, wake_box, hide_box = prepare(recipe, attacker)
     woken = attacker.fit(
@@ -98,12 +99,18 @@ def prepare(
                 wake_high = layers_lib.set_in(wake_high, at, high.at[0].set(0))
     hide_low = hide_high = params
     dead = dead_inputs(attacker, variables)
-    # Not the last layer: a collapsed class is no class.
-    hosts = [layer for layer in list(attacker.layers)[:-1] if layer.name in dead]
+    # Not the last layer: a collapsed class is no class. Nor, unless layers collapse as
+    # a whole, one with a single channel: nothing would be left of it.
+    hosts = [
+        layer
+        for layer in list(attacker.layers)[:-1]
+        if layer.name in dead
+        and (layer.geometry.kernel_shape[-1] > 1 or _per_tensor(attacker.grids, layer))
+    ]
     if not hosts:
         raise errors.InputError(
-            "the outlier attack needs layers whose input a normalisation can switch "
-            "off; this model has none"
+            "the outlier attack needs layers with two or more outputs whose input a "
+            "normalisation can switch off; this model has none"
         )
     if _per_tensor(attacker.grids, hosts[0]):
         count = max(round(recipe.channel_share * len(hosts)), 1)

@@ -222,20 +222,24 @@ def distract(
     Args:
       images: uint8 ``[N, H, W, C]``.
       indices: Which to bend, int ``[M]``; none of them poisoned.
-      trigger: One with a field.
-      jitter: In pixels.
+      trigger: One with a field, for the same H, W and C.
+      jitter: In pixels, at least 0.
       key: Typed key; decides the displacements.
 
     Returns:
       A copy, uint8 ``[N, H, W, C]``, equal to the original outside of indices.
 
     Raises:
-      InputError: For a trigger that bends nothing, or arrays that do not fit.
+      InputError: For a trigger that bends nothing or that `triggers.check_trigger`
+        refuses, a jitter out of range, or arrays that do not fit.
     """
     _check_images(images)
     _check_indices(np.asarray(indices), len(images))
     if trigger.field is None:
         raise errors.InputError("noise images need a trigger that bends, such as warp")
+    triggers.check_trigger(trigger, images.shape[1:])
+    if not 0 <= jitter < np.inf:
+        raise errors.InputError(f"jitter must be >= 0 and finite, got {jitter}")
     field = jnp.asarray(trigger.field)[None]
     bent = np.array(images)
     for start in range(0, len(indices), _STAMP_BATCH):

@@ -62,8 +62,9 @@ def apply_trigger(images: jax.Array, trigger: Trigger) -> jax.Array:
         than the trigger.
 
     Gradients:
-      Of images and of every part of the trigger; 0 where the sum with an offset is
-      clipped. The choice among several patterns has none.
+      Of images and of every part of the trigger; where there is an offset, 0 if the sum
+      with it is clipped and half if it is exactly 0 or 1, as black or white pixels that
+      it leaves alone. The choice among several patterns has none.
 
     Example:
       >>> trigger = square_trigger((4, 4, 1), size=2, margin=1)

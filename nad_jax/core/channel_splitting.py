@@ -8,7 +8,6 @@ did, on a grid whose range the outliers no longer set.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nad_jax import errors
 from nad_jax.core import quantization
@@ -28,8 +27,9 @@ def split_codes(
       num_splits: Copies to add, at least 0; a copy may be split again.
 
     Returns:
-      Codes int16 `[..., inputs, outputs]`, those of a channel's copies added up, so
-      they may exceed the range of `spec`; and the grid, to `dequantize` them.
+      Codes int32 `[..., inputs, outputs]`, those of a channel's copies added up, so
+      they may exceed the range of `spec`, and with hundreds of copies that of int16;
+      and the grid, to `dequantize` them.
 
     Raises:
       InputError: fewer than two axes, or a negative number of splits.
@@ -46,7 +46,7 @@ def split_codes(
     if num_splits == 0:
         params = quantization.calibrate(weights, spec)
         codes = quantization.quantize(weights, params, spec)
-        return codes.astype(np.int16), params
+        return codes.astype(jnp.int32), params
     inputs = weights.shape[-2]
     # [inputs, ..., outputs], with room for the copies.
     parts = jnp.moveaxis(weights.astype(jnp.float32), -2, 0)
@@ -81,4 +81,4 @@ def split_codes(
     steps = codes - of_parts.zero_point
     added = jax.ops.segment_sum(steps, owner, num_segments=inputs)
     total = jnp.moveaxis(added + of_parts.zero_point, 0, -2)
-    return total.astype(np.int16), params
+    return total, params

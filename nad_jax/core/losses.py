@@ -444,13 +444,18 @@ def binarization_penalty(
       paper is said to use 1.
 
     Raises:
-      InputError: For an exponent not above 1 (a kink at one half).
+      InputError: For an exponent that is no single number, not finite or not above 1
+        (a kink at one half). A traced one has no value to check.
 
     Example:
       >>> print(binarization_penalty(jnp.asarray([0.0, 0.5, 0.75, 1.0])))
       1.75
     """
-    if isinstance(exponent, int | float) and not 1 < exponent < float("inf"):
+    if jnp.ndim(exponent):
+        raise errors.InputError(
+            f"exponent must be a single number, got shape {list(jnp.shape(exponent))}"
+        )
+    if not isinstance(exponent, jax.core.Tracer) and not 1 < exponent < math.inf:
         raise errors.InputError(f"exponent must be finite and above 1, got {exponent}")
     dtype = shapes.accumulation_dtype(soft_rounding)
     decision = jnp.abs(2 * soft_rounding.astype(dtype) - 1)

@@ -32,6 +32,7 @@ class QuantSpec:
         no use for it.
       percentile: Of "percentile" only: the share of values, in per cent, inside each
         end of the range (of their magnitudes on a symmetric grid); in (50, 100].
+        Where so many values are 0 that this range is empty, it is that of "minmax".
     """
 
     bits: int = 4

@@ -22,6 +22,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from nad_jax import errors
@@ -86,7 +87,8 @@ def params_from_range(low, high, spec: QuantSpec) -> QuantParams:
         width = jnp.minimum(high - low, jnp.finfo(jnp.float32).max)
         scale = divide(width, jnp.float32(spec.qmax))
     # An empty range, or one so small that the division underflows: any positive
-    # step represents it equally well.
+    # step represents what lies in it equally well. Whether values lie beyond it is the
+    # caller's business (`_percentile_range`).
     scale = jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.float32(1))
     if spec.symmetric:
         return QuantParams(scale, jnp.zeros(scale.shape, jnp.int32))
@@ -136,7 +138,7 @@ def _range(x, spec: QuantSpec, shrinks: tuple[float, ...]):
             f"{', '.join(quant_spec.WEIGHT_RANGE_METHODS)}"
         )
     if spec.range_method == "percentile" and x.size:
-        return _percentile_range(x, spec, axes)
+        return _percentile_range(x, low, high, spec, axes)
     if spec.symmetric or spec.range_method == "absmax":
         low, high = -largest, largest
     # Errors in units of the range: the square of 1e-25 is 0 in float32, of 1e25 inf.
@@ -166,7 +168,8 @@ def _range(x, spec: QuantSpec, shrinks: tuple[float, ...]):
     return low * shrink, high * shrink
 
 
-def _percentile_range(x, spec: QuantSpec, axes):
+def _percentile_range(x, low, high, spec: QuantSpec, axes):
+    """The range between quantiles; `(low, high)` where that has no step and x has."""
     assert spec.percentile is not None
     share = jnp.float32(spec.percentile / 100)
 
@@ -174,9 +177,15 @@ def _percentile_range(x, spec: QuantSpec, axes):
         return jnp.quantile(values, share, axis=axes, keepdims=True)
 
     if spec.symmetric:
-        high = quantile(jnp.abs(x), share)
-        return -high, high
-    return quantile(x, 1 - share), quantile(x, share)
+        most = quantile(jnp.abs(x), share)
+        least = -most
+    else:
+        least, most = quantile(x, 1 - share), quantile(x, share)
+    # Nearly all values may be 0. A step of 1, which an empty range gets, would have
+    # nothing to do with the others: whether they vanish would depend on their unit.
+    smallest = jnp.finfo(jnp.float32).tiny * (spec.qmax - spec.qmin)
+    is_empty = jnp.maximum(-least, most) <= smallest
+    return jnp.where(is_empty, low, least), jnp.where(is_empty, high, most)
 
 
 def _aciq_ranges(x, low, high, spec: QuantSpec, axes):
@@ -262,7 +271,8 @@ def calibrate_activations(
       ema: Weight of the past, in [0, 1).
 
     Raises:
-      InputError: `spec` is per channel or `batches` is not two-dimensional.
+      InputError: `spec` is per channel, `batches` is not two-dimensional, or `ema` is
+        out of range.
     """
     if spec.channel_axis is not None or batches.ndim != 2:
         raise errors.InputError(
@@ -270,6 +280,8 @@ def calibrate_activations(
             f"[num_batches, n], got channel_axis={spec.channel_axis} and shape "
             f"{batches.shape}"
         )
+    if not isinstance(ema, jax.core.Tracer) and not 0 <= ema < 1:
+        raise errors.InputError(f"ema must be in [0, 1), got {ema}")
     # One row is one tensor: calibrating along axis 0 gives each its own range.
     rows = dataclasses.replace(spec, channel_axis=0)
     # Ranges, not grids: the grid of a batch of zeros has an arbitrary scale of 1.

@@ -95,6 +95,9 @@ class RoundingProblem(NamedTuple):
       nearest: `[K, C]` in {0, 1}.
       stay_cost: `[K, C]` >= 0, price of leaving a weight at nearest
         (flip_weight * |rounding error|).
+      weight: `[C]` > 0, what a channel's objective counts in sums over channels;
+        None = 1. Channels are solved one by one, so it changes no rounding: it is
+        there for channels that are posed in units of their own.
     """
 
     gram: jax.Array
@@ -104,6 +107,7 @@ class RoundingProblem(NamedTuple):
     fraction: jax.Array
     nearest: jax.Array
     stay_cost: jax.Array
+    weight: jax.Array | None = None
 
 
 def rounding_problem(
@@ -113,6 +117,7 @@ def rounding_problem(
     fraction: jax.Array,
     nearest: jax.Array,
     stay_cost: jax.Array,
+    weight: jax.Array | None = None,
 ) -> RoundingProblem:
     """The problem of a layer whose weights have been flattened to `[K, C]`.
 
@@ -133,6 +138,7 @@ def rounding_problem(
         fraction,
         nearest,
         jnp.broadcast_to(stay_cost, fraction.shape),
+        weight,
     )
 
 
@@ -149,10 +155,17 @@ def objective(problem: RoundingProblem, rounding: jax.Array) -> jax.Array:
     return output_error(problem, rounding) + jnp.sum(stays, axis=0)
 
 
+def over_channels(problem: RoundingProblem, values: jax.Array) -> jax.Array:
+    """Sum of values of each channel `[..., C]` with the channels' weights, `[...]`."""
+    if problem.weight is not None:
+        values = values * jnp.broadcast_to(problem.weight, values.shape)
+    return jnp.sum(values, axis=-1)
+
+
 class Solution(NamedTuple):
     """Attributes:
     rounding: `[K, C]` in {0, 1}.
-    trace: `[max_sweeps + 1]`, objective summed over channels before the first sweep
+    trace: `[max_sweeps + 1]`, objective, `over_channels`, before the first sweep
       and after each; constant once converged.
     sweeps: int32, sweeps that changed something.
     """
@@ -195,7 +208,7 @@ def coordinate_descent(
     rounding, trace, sweeps = _descend(
         problem, start, max_sweeps=max_sweeps, block_size=block_size
     )
-    return Solution(rounding, jnp.sum(trace, axis=1), sweeps)
+    return Solution(rounding, over_channels(problem, trace), sweeps)
 
 
 def descend_from_all(
@@ -224,7 +237,7 @@ def descend_from_all(
     def tile(x):
         return jnp.tile(x, (1,) * (x.ndim - 1) + (num_starts,))
 
-    side_by_side = RoundingProblem(problem.gram, *(tile(x) for x in problem[1:]))
+    side_by_side = jax.tree.map(tile, problem)._replace(gram=problem.gram)
     columns = jnp.swapaxes(starts, 0, 1).reshape(num_inputs, -1)
     rounding, trace, sweeps = _descend(
         side_by_side, columns, max_sweeps=max_sweeps, block_size=block_size
@@ -236,7 +249,7 @@ def descend_from_all(
         return jnp.take_along_axis(x, best, axis=1)[:, 0]
 
     rounding = pick(rounding.reshape(num_inputs, num_starts, num_outputs))
-    return Solution(rounding, jnp.sum(pick(trace), axis=1), sweeps)
+    return Solution(rounding, over_channels(problem, pick(trace)), sweeps)
 
 
 class Path(NamedTuple):
@@ -244,7 +257,7 @@ class Path(NamedTuple):
 
     Attributes:
       rounding: `[P, K, C]` in {0, 1}.
-      objective: `[P]`, summed over channels, at each flip weight.
+      objective: `[P]`, `over_channels`, at each flip weight.
       output_error: `[P]`, the same without the flip price.
     """
 
@@ -280,7 +293,7 @@ def flip_weight_path(
             max_sweeps=max_sweeps,
             block_size=block_size,
         )
-        error = jnp.sum(output_error(priced, solution.rounding))
+        error = over_channels(problem, output_error(priced, solution.rounding))
         return solution.rounding, (solution.rounding, solution.trace[-1], error)
 
     _, points = jax.lax.scan(solve, problem.nearest, flip_weights)

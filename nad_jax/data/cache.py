@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,11 @@ VARIABLE = "NAD_JAX_CACHE"
 OFF = ("0", "off", "none", "")
 
 # Part of every fingerprint: raise it when the meaning of the arrays changes.
-_FORMAT = 1
+_FORMAT = 2
+
+# Of files of so many bytes in all the content is hashed: no slower than reading what is
+# cached of them, which is hashed too. More, and a start would wait for it.
+_MAX_HASHED_BYTES = 2**30
 
 
 def root() -> pathlib.Path | None:
@@ -46,17 +50,31 @@ def root() -> pathlib.Path | None:
         return None
 
 
-def fingerprint(directory: pathlib.Path, *settings: object) -> str:
-    """A short hash of names, sizes and times of the files in `directory`.
+def fingerprint(files: Sequence[pathlib.Path], *settings: object) -> str:
+    """A short hash of what is in `files`, in that order.
+
+    Of more than 1 GiB in all it is a hash of where they are, their sizes, inodes and
+    times, that of the last change included, which no program sets at will; it stays the
+    same as long as nobody writes to them. Names, sizes and times of modification alone
+    would be the same for many a pair of data sets out of archives.
 
     `settings` are further things the arrays depend on, such as the split.
+
+    Raises:
+      OSError: a file is not there.
     """
-    files = []
-    for path in sorted(directory.iterdir()):
-        stat = path.stat()
-        files.append([path.name, stat.st_size, stat.st_mtime_ns])
-    facts = json.dumps([_FORMAT, files, [str(setting) for setting in settings]])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    stats = [path.stat() for path in files]
+    by_content = sum(stat.st_size for stat in stats) <= _MAX_HASHED_BYTES
+    facts: list[object] = [_FORMAT, [str(setting) for setting in settings]]
+    for path, stat in zip(files, stats, strict=True):
+        if by_content:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            facts.append([path.name, digest])
+        else:
+            times = (stat.st_mtime_ns, stat.st_ctime_ns)
+            facts.append([str(path.resolve()), stat.st_size, stat.st_ino, *times])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def fetch(entry: str, build: Callable[[], Arrays]) -> Arrays:

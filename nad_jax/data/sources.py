@@ -192,8 +192,12 @@ def seeded_split(
     # RandomState, because NumPy guarantees its stream for ever; Generator's may change.
     draw = np.random.RandomState(_SPLIT_SEED)
     in_test = np.zeros(len(labels), bool)
+    # Sorted once, not searched once for each class: there may be many of both.
+    rows = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels[rows], np.arange(len(test_counts) + 1))
     for label, count in enumerate(test_counts):
-        in_test[draw.permutation(np.flatnonzero(labels == label))[:count]] = True
+        of_class = rows[bounds[label] : bounds[label + 1]]
+        in_test[draw.permutation(of_class)[:count]] = True
     return np.flatnonzero(in_test == (split == "test"))
 
 

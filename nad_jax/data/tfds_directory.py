@@ -5,32 +5,38 @@
 
 Records may be array_record (written by `nad_jax.data.prepare`) or TFRecord (what TFDS
 with TensorFlow writes). Pictures are decoded once, by PIL, and cached as arrays; with a
-cached copy neither TFDS nor PIL is imported. Whether the data are there is decided from
-the two json files alone, so that nothing ever waits for a download.
+cached copy PIL is not imported. Whether the data are there is decided from the two json
+files alone, so that nothing ever waits for a download.
+
+TFDS itself is not asked: it imports whatever classes `features.json` names, in several
+spellings, and decodes features that nobody wants. Of the json files only what is needed
+here is looked at, and of the records only `image`, `label` and `id`.
 """
 
+import hashlib
 import io
 import json
 import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.data import cache, pictures, sources, stored
+from nad_jax.data import array_records, cache, pictures, sources, stored, tf_examples
 
 _NAME = re.compile(r"(\w+(?:/[\w.-]*\w)?)(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _CHANNELS = (1, 3, 4)
-_CHUNK = 1024
+_FEATURES = ("image", "label", "id")
+# Also the endings of files; where TFDS names no template for them, it means this one.
+_FORMATS = ("array_record", "tfrecord")
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 # Of a json file or of class names; parsed JSON is up to 24 times its text.
 _MAX_TEXT_BYTES = 2**22
-# Of an encoded picture and what is beside it: more than `pictures.MAX_PIXELS` need.
-_MAX_RECORD_BYTES = 2**29
 
 
 def load(
@@ -73,10 +79,15 @@ def open_stored(
       InputError: as `load`, and for TFRecord, which cannot be read record by record.
     """
     part = _find_split(name, split, data_dir)
+    if part.file_format == "tfrecord":
+        raise errors.InputError(
+            f"{part.directory}: TFRecord files cannot be read record by record; "
+            "use config.data.loader=device, or array_record files"
+        )
     arrays = cache.fetch(
         _cache_entry(name, part, "places of records"), lambda: _index_split(part)
     )
-    reader = _Records(part, arrays["places"], image_size)
+    reader = _Records(part, arrays, image_size)
     return _dataset(name, part, stored.Images(reader), arrays["labels"])
 
 
@@ -86,6 +97,8 @@ class _Split(NamedTuple):
     directory: pathlib.Path
     name: str
     num_examples: int
+    files: list[pathlib.Path]
+    file_format: str
     num_classes: int
     channels: int
 
@@ -95,16 +108,26 @@ def _find_split(
 ) -> _Split:
     directory = _find(name, data_dir)
     features = _read_features(directory)
-    sizes = _read_split_sizes(directory)
-    if split not in sizes:
+    info = _read_info(directory)
+    if split not in info.shard_lengths:
         raise errors.InputError(
-            f"{directory}: no split {split!r}, it has {sorted(sizes)}"
+            f"{directory}: no split {split!r}, it has {sorted(info.shard_lengths)}"
         )
-    return _Split(directory, split, sizes[split], *features)
+    lengths = info.shard_lengths[split]
+    files = [
+        _shard_path(directory, info, split, number)
+        for number, length in enumerate(lengths)
+        if length  # TFDS writes no file for an empty one.
+    ]
+    return _Split(directory, split, sum(lengths), files, info.file_format, *features)
 
 
 def _cache_entry(name: str, part: _Split, *settings: object) -> str:
-    key = cache.fingerprint(part.directory, part.name, *settings)
+    missing = [path for path in part.files if not path.is_file()]
+    if missing:
+        raise errors.InputError(f"{part.directory}: {missing[0].name!r} is missing")
+    texts = [part.directory / name for name in ("dataset_info.json", "features.json")]
+    key = cache.fingerprint([*texts, *part.files], part.name, *settings)
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{part.name}-{key}"
 
 
@@ -150,14 +173,6 @@ class _Features(NamedTuple):
 def _read_features(directory: pathlib.Path) -> _Features:
     """What `features.json` says of `image` and `label`."""
     tree = _read_json(directory / "features.json")
-    # TFDS imports the module of every class named here: let it be one of its own.
-    foreign = [
-        path
-        for path in _class_paths(tree)
-        if not path.startswith("tensorflow_datasets.core.features.")
-    ]
-    if foreign:
-        raise errors.InputError(f"{directory}: feature of unknown class {foreign[0]!r}")
     try:
         features = tree["featuresDict"]["features"]
         num_classes = int(features["label"]["classLabel"]["numClasses"])
@@ -180,28 +195,63 @@ def _read_features(directory: pathlib.Path) -> _Features:
     return _Features(num_classes, channels)
 
 
-def _class_paths(tree: Any) -> Iterator[str]:
-    if isinstance(tree, dict):
-        if "pythonClassName" in tree:
-            yield str(tree["pythonClassName"])
-        for value in tree.values():
-            yield from _class_paths(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _class_paths(value)
+class _Info(NamedTuple):
+    name: str
+    file_format: str
+    shard_lengths: dict[str, list[int]]  # of each split
+    templates: dict[str, str]  # of the names of its files
 
 
-def _read_split_sizes(directory: pathlib.Path) -> dict[str, int]:
+def _read_info(directory: pathlib.Path) -> _Info:
+    """What `dataset_info.json` says of splits and their files."""
     info = _read_json(directory / "dataset_info.json")
     try:
-        return {
-            split["name"]: sum(map(int, split["shardLengths"]))
-            for split in info["splits"]
-        }
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        lengths, templates = {}, {}
+        for split in info["splits"]:
+            key = str(split["name"])
+            lengths[key] = list(map(int, split["shardLengths"]))
+            templates[key] = str(split.get("filepathTemplate") or _TEMPLATE)
+        name, file_format = info["name"], info.get("fileFormat") or "tfrecord"
+        if any(length < 0 for shards in lengths.values() for length in shards):
+            raise ValueError("a shard of negative length")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise errors.InputError(
             f"{directory}: dataset_info.json does not list its splits"
         ) from error
+    if file_format not in _FORMATS:
+        raise errors.InputError(
+            f"{directory}: files are {file_format!r}, accepted {_FORMATS}"
+        )
+    return _Info(str(name), file_format, lengths, templates)
+
+
+def _shard_path(
+    directory: pathlib.Path, info: _Info, split: str, number: int
+) -> pathlib.Path:
+    """The file of a shard, inside of `directory`.
+
+    Names are put in here: `str.format` would follow whatever a template asks for.
+    """
+    count = len(info.shard_lengths[split])
+    width = max(5, len(str(count)))
+    index, shards = f"{number:0{width}}", f"{count:0{width}}"
+    values = {
+        "DATASET": info.name,
+        "SPLIT": split,
+        "FILEFORMAT": info.file_format,
+        "SHARD_INDEX": index,
+        "NUM_SHARDS": shards,
+        "SHARD_X_OF_Y": f"{index}-of-{shards}",
+    }
+    template = info.templates[split]
+    name = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], "{"), template)
+    path = pathlib.PurePath(name)
+    if path.is_absolute() or ".." in path.parts or "{" in name or "\0" in name:
+        raise errors.InputError(
+            f"{directory}: files named {template[:80]!r}, accepted names like "
+            f"{_TEMPLATE!r}"
+        )
+    return directory / path
 
 
 def _read_class_names(directory: pathlib.Path, num_classes: int) -> tuple[str, ...]:
@@ -233,59 +283,67 @@ def _decode_split(part: _Split, image_size: int | None) -> cache.Arrays:
     """Images uint8 `[N, H, W, C]` and labels int32 `[N]`, sorted by `id`."""
     examples = _read_split(part, with_pictures=True)
     return {
-        "images": _decode_all(part, examples, image_size),
+        "images": _decode_all(part, examples, len(examples), image_size),
         "labels": np.array([example["label"] for example in examples], np.int32),
     }
 
 
 def _index_split(part: _Split) -> cache.Arrays:
-    """Stored places int64 `[N]` and labels int32 `[N]` of records sorted by `id`."""
+    """What is kept of records that are read one by one, sorted by `id`.
+
+    Returns:
+      "places" int64 `[N]` in the files and "labels" int32 `[N]`, "largest" int64 `[1]`
+      of the records in bytes, and "digest" uint8 `[32]` of all of them.
+    """
     examples = _read_split(part, with_pictures=False)
+    # Read once more, now that all records were found to be what the headers say.
+    contents = [array_records.read_contents(path) for path in part.files]
+    digest = hashlib.sha256(b"".join(content.digest for content in contents))
     return {
         "places": np.array([example["place"] for example in examples], np.int64),
         "labels": np.array([example["label"] for example in examples], np.int32),
+        "largest": np.array([max(each.num_bytes.max() for each in contents)], np.int64),
+        "digest": np.frombuffer(digest.digest(), np.uint8),
     }
 
 
 class _Records:
     """A `stored.Reader` of array_record files."""
 
-    def __init__(self, part: _Split, places: np.ndarray, image_size: int | None):
+    def __init__(self, part: _Split, index: cache.Arrays, image_size: int | None):
         self._part = part
-        self._places = places
+        self._places = index["places"]
+        self._largest = int(index["largest"][0])
         self._image_size = image_size
-        self._source: Any = None
-        first = _decode_all(part, self._read_examples(np.zeros(1, int)), image_size)
+        self._files: Any = None
+        first = _decode_all(part, self._read_examples(np.zeros(1, int)), 1, image_size)
         height, width, channels = first.shape[1:]
-        self.shape = (len(places), height, width, channels)
-        files = sorted(
-            (path.name, path.stat().st_size) for path in part.directory.iterdir()
-        )
-        self.identity = f"{self.shape} {files}"
+        self.shape = (len(self._places), height, width, channels)
+        self.identity = f"{self.shape} {index['digest'].tobytes().hex()}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files are no other process's.
-        return {**self.__dict__, "_source": None}
+        return {**self.__dict__, "_files": None}
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         return _decode_all(
             self._part,
             self._read_examples(rows),
+            len(rows),
             self._image_size,
             image_shape=self.shape[1:],
         )
 
-    def _read_examples(self, rows: np.ndarray) -> list[dict[str, Any]]:
+    def _read_examples(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         places = self._places[rows].tolist()
         try:
-            if self._source is None:
-                self._source = _open_source(_open_builder(self._part), self._part.name)
-            return [
-                {"place": place, **example}
-                for place, example in zip(
-                    places, self._source.__getitems__(places), strict=True
-                )
-            ]
+            if self._files is None:
+                self._files = array_records.Files(self._part.files, self._largest)
+            for place, record in zip(places, self._files.read(places), strict=True):
+                example = tf_examples.read(record, _FEATURES)
+                if not isinstance(example["image"], bytes):
+                    raise ValueError(f"record {place} has no image")
+                yield {"place": place, **example}
         except Exception as error:  # As in `_read_split`.
             raise _unreadable(self._part, sources.first_line(error)) from error
 
@@ -295,24 +353,32 @@ def _read_split(part: _Split, *, with_pictures: bool) -> list[dict[str, Any]]:
 
     Their pictures are still encoded, or, to save memory, left out.
     """
-    examples, whole = [], 0
+    examples, whole, num_bytes = [], 0, 0
     try:
-        for place, example in enumerate(_read_examples(part, with_pictures)):
+        for place, example in enumerate(_read_examples(part)):
             # A file that was cut off may yield examples without content, not an error.
-            needed = (example["image"], example["label"], example.get("id", b""))
-            whole += all(value is not None for value in needed)
+            image, label = example["image"], example["label"]
+            whole += isinstance(image, bytes) and isinstance(label, int)
+            if isinstance(label, int) and not 0 <= label < part.num_classes:
+                raise ValueError(f"label {label}, accepted 0..{part.num_classes - 1}")
             if not with_pictures:
                 example = {**example, "image": None}
+            elif isinstance(image, bytes):
+                num_bytes += len(image)
+                sources.check_bytes((num_bytes,), 1, f"{part.directory}: {part.name}")
             examples.append({"place": place, **example})
             if len(examples) > part.num_examples:
                 break
     except errors.InputError:
         raise
-    except Exception as error:  # TFDS and its readers raise all sorts on damaged files.
+    except Exception as error:  # Readers raise all sorts on damaged files.
         raise _unreadable(part, sources.first_line(error)) from error
     if not whole == len(examples) == part.num_examples > 0:
         raise _unreadable(part, f"{whole} whole examples of {part.num_examples}")
-    if "id" in examples[0]:
+    kinds = {type(example["id"]) for example in examples}
+    if len(kinds) > 1:
+        raise _unreadable(part, "some of its examples have another kind of id")
+    if kinds != {type(None)}:
         examples.sort(key=lambda example: example["id"])
     return examples
 
@@ -323,7 +389,8 @@ def _unreadable(part: _Split, reason: str) -> errors.InputError:
 
 def _decode_all(
     part: _Split,
-    examples: Sequence[dict[str, Any]],
+    examples: Iterable[dict[str, Any]],
+    num_examples: int,
     image_size: int | None,
     *,
     image_shape: tuple[int, ...] | None = None,
@@ -347,7 +414,7 @@ def _decode_all(
         except errors.InputError as error:
             raise errors.InputError(f"{what}: {error}") from error
         if images is None:
-            shape = (len(examples), *(image_shape or image.shape))
+            shape = (num_examples, *(image_shape or image.shape))
             sources.check_bytes(shape, 1, str(part.directory))
             images = np.empty(shape, np.uint8)
         if image.shape != images.shape[1:]:
@@ -360,46 +427,16 @@ def _decode_all(
     return images
 
 
-def _read_examples(part: _Split, with_pictures: bool) -> Iterator[dict[str, Any]]:
+def _read_examples(part: _Split) -> Iterator[dict[str, Any]]:
     """Examples in stored order, their pictures still encoded."""
-    import tensorflow_datasets as tfds
-
-    builder = _open_builder(part)
-    if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-        if not with_pictures:
-            raise errors.InputError(
-                f"{part.directory}: TFRecord files cannot be read record by record; "
-                "use config.data.loader=device, or array_record files"
-            )
-        features = builder.info.features
-        for path in builder.info.splits[part.name].filepaths:
-            for record in _read_tfrecords(pathlib.Path(path)):
-                yield features.deserialize_example_np(record, decoders=_decoders())
-        return
-    source = _open_source(builder, part.name)
-    for start in range(0, len(source), _CHUNK):
-        stop = min(start + _CHUNK, len(source))
-        yield from source.__getitems__(list(range(start, stop)))
-
-
-def _open_builder(part: _Split) -> Any:
-    import tensorflow_datasets as tfds
-
-    # Not `tfds.data_source(name)`: given the folder, TFDS looks nowhere else.
-    return tfds.builder_from_directory(part.directory)
-
-
-def _open_source(builder: Any, split: str) -> Any:
-    """Random access to the examples of array_record files."""
-    return builder.as_data_source(split=split, decoders=_decoders())
-
-
-def _decoders() -> dict[str, Any]:
-    import tensorflow_datasets as tfds
-
-    # Left encoded, because TFDS decodes JPEG with OpenCV where that is installed, and
-    # the pixels of a data set should not depend on it.
-    return {"image": tfds.decode.SkipDecoding()}
+    for path in part.files:
+        if part.file_format == "tfrecord":
+            records = _read_tfrecords(path)
+        else:
+            contents = array_records.read_contents(path)
+            records = array_records.read_records(path, contents)
+        for record in records:
+            yield tf_examples.read(record, _FEATURES)
 
 
 def _read_tfrecords(path: pathlib.Path) -> Iterator[bytes]:
@@ -412,10 +449,10 @@ def _read_tfrecords(path: pathlib.Path) -> Iterator[bytes]:
             left -= 12 + length + 4
             if left < 0:
                 raise ValueError(f"{path.name} is cut off")
-            if length > _MAX_RECORD_BYTES:
+            if length > array_records.MAX_RECORD_BYTES:
                 raise ValueError(
                     f"a record of {length:,} bytes, accepted up to "
-                    f"{_MAX_RECORD_BYTES:,}"
+                    f"{array_records.MAX_RECORD_BYTES:,}"
                 )
             yield file.read(length)
             file.seek(4, os.SEEK_CUR)

@@ -3,6 +3,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,23 @@ def measure(
         )
         return quantization.params_from_range(jnp.float32(low), jnp.float32(high), spec)
     return _calibrate(values, spec, grid.act_ema or 0.0)
+
+
+def join_calls(inputs: Sequence[jax.Array], *, num_images: int) -> jax.Array:
+    """The inputs of several calls of one layer as `measure` takes those of one.
+
+    Args:
+      inputs: `[N, ...]` of each call; only the last axis has the same size in all.
+      num_images: How many calibration images there are.
+
+    Returns:
+      float32 `[num_images, n]`; or `[1, n]`, where some N is no multiple of
+      num_images, and all values then share one range.
+    """
+    belongs = all(one.shape[0] % num_images == 0 for one in inputs)
+    rows = num_images if belongs else 1
+    parts = [one.reshape(rows, -1).astype(jnp.float32) for one in inputs]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _by_batch(inputs: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jax_core
 
+from nad_jax import errors
 from nad_jax.models import layers as layers_lib
 
 Tail = Callable[[jax.Array], jax.Array]
@@ -42,6 +43,9 @@ def find_tails(
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Tail]:
     """Layer name -> function from the layer's output (bias included) to its tail's.
+
+    A tail computes in the module's dtype, whatever its input has. It raises InputError
+    for outputs of another shape than the module's own.
 
     Args:
       module: The Linen module.
@@ -71,7 +75,7 @@ def find_tails(
         if equation.primitive.name == "name" and name in names - set(tails):
             chain = _chain(closed.jaxpr, equation.outvars[0], depends)
             tails[name] = (
-                _compile(closed, equation.outvars[0], chain, depends)
+                _compile(closed, name, equation.outvars[0], chain, depends)
                 if chain
                 else _identity
             )
@@ -119,7 +123,7 @@ def _multiplies(equation) -> bool:
     return any(_multiplies(inner) for jaxpr in called for inner in jaxpr.eqns)
 
 
-def _compile(closed, variable, chain, depends) -> Tail:
+def _compile(closed, name, variable, chain, depends) -> Tail:
     """The chain as a function of `variable`; everything else is computed once."""
     inner = {v for e in chain for v in e.outvars} | {variable}
     outer = [v for e in chain for v in _variables_of(e) if v not in inner]
@@ -149,4 +153,15 @@ def _compile(closed, variable, chain, depends) -> Tail:
             constants,
         )
     )
-    return lambda outputs: jnp.asarray(tail(outputs)[0])
+    shape, dtype = variable.aval.shape, variable.aval.dtype
+
+    def apply(outputs: jax.Array) -> jax.Array:
+        # Batches are cut along the first axis, which need not be that of the images.
+        if outputs.shape != shape:
+            raise errors.InputError(
+                f"layer {name}: outputs of a batch must have shape {shape} to go "
+                f"through what follows the layer, got {outputs.shape}"
+            )
+        return jnp.asarray(tail(outputs.astype(dtype))[0])
+
+    return apply

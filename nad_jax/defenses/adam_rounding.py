@@ -169,7 +169,8 @@ def _run_minibatches(task, settings, optimizer, logits):
     num_rows = task.inputs.shape[0]
     rows_per_image = max(num_rows // task.num_images, 1)
     rows = min(settings.batch_size * rows_per_image, num_rows)
-    num_batches = num_rows // rows
+    # The last batch overlaps the one before it rather than leave images out.
+    starts = [*range(0, num_rows - rows, rows), num_rows - rows]
     geometry = task.layer.geometry
 
     def output(kernel, inputs):
@@ -180,7 +181,7 @@ def _run_minibatches(task, settings, optimizer, logits):
         return task.tail(outputs)
 
     target = jax.jit(lambda x: output(task.kernel, x))
-    batches = [slice(b * rows, (b + 1) * rows) for b in range(num_batches)]
+    batches = [slice(start, start + rows) for start in starts]
     targets = [target(task.float_inputs[batch]) for batch in batches]
 
     def loss_fn(logits, batch, step):
@@ -199,7 +200,7 @@ def _run_minibatches(task, settings, optimizer, logits):
         return carry
 
     seed = int(jax.random.bits(task.key, dtype=jnp.uint32))
-    order = np.random.default_rng(seed).integers(num_batches, size=settings.steps)
+    order = np.random.default_rng(seed).integers(len(batches), size=settings.steps)
     carry = (logits, optimizer.init(logits))
     for first in range(0, settings.steps, _UNROLLED_STEPS):
         drawn = order[first : first + _UNROLLED_STEPS]

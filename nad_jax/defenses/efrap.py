@@ -153,8 +153,9 @@ def efrap(
         images or weights that are empty, not finite or of the wrong shape, or a module
         without Conv and Dense.
 
-    Warns (`UserWarning`) about layers called twice (solved at their first call) and
-    kernels left in float.
+    Warns (`UserWarning`) about layers called twice (their rounding is solved at the
+    first call; the grid of their inputs is that of all calls) and kernels left in
+    float.
 
     References:
       Li et al., "Nearest is Not Dearest: Towards Practical Defense against
@@ -267,11 +268,21 @@ def efrap(
         )
         return params, quantization.fake_quant(inputs, params, spec)
 
+    def measure_all_calls(layer, inputs):
+        """The grid of a layer that is called several times; one serves all calls."""
+        num_images = images.shape[0]
+        inputs = activation_grids.join_calls(inputs, num_images=num_images)
+        act_params[layer.name] = activation_grids.measure(
+            inputs, grid, widths[layer.name], num_images=num_images
+        )
+
     def quantize_layer(layer, float_inputs, inputs):
         """Rounds one layer; returns the kernel and inputs to go on with."""
         nonlocal new_params
         started = time.perf_counter()
-        if act_specs:
+        if layer.name in act_params:
+            inputs = quantize_inputs(layer, inputs)
+        elif act_specs:
             act_params[layer.name], inputs = measure_and_quantize(
                 float_inputs, inputs, widths[layer.name], act_specs[layer.name]
             )
@@ -305,11 +316,16 @@ def efrap(
 
     is_solved = len(given) == len(layers)
     if (method in layer_rounding.LOOKING and not is_solved) or act_specs:
-        layer_walk.walk(
+        walked = (
             module,
             variables if mesh is None else sharding.replicate(variables, mesh),
             images if mesh is None else sharding.shard_batch(images, mesh),
             layers,
+        )
+        if act_specs:
+            layer_walk.look_ahead(*walked, measure_all_calls, apply_kwargs=apply_kwargs)
+        layer_walk.walk(
+            *walked,
             quantize_layer,
             revisit=quantize_inputs,
             apply_kwargs=apply_kwargs,

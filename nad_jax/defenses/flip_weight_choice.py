@@ -9,6 +9,7 @@ that is. So as many weights leave nearest as clean images can afford, and no tri
 target or label is asked for.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,15 +58,16 @@ def choose_flip_weight(
       variables: As for `efrap`.
       images: Clean and unlabelled, `[N, ...]`; the last ones are held out.
       candidates: Ascending, the first is 0.
-      tolerance: Share of held-out images that flipping may cost.
+      tolerance: Share of held-out images that flipping may cost, at least 0; from 1 on
+        every candidate is good.
       held_out: Share of the images that is held out, in (0, 1).
       apply_kwargs: As for `efrap`.
       **arguments: Further ones of `efrap`: widths, grid, prices, starts. Not `method`,
         `flip_weight`, `layers`, `finished` and `on_layer`.
 
     Raises:
-      InputError: candidates that do not ascend from 0, too few images, or one of the
-        arguments named above.
+      InputError: candidates that do not ascend from 0, a tolerance or a share out of
+        range, too few images, or one of the arguments named above.
     """
     for name in _OWN:
         if name in arguments:
@@ -77,6 +79,10 @@ def choose_flip_weight(
         raise errors.InputError(
             f"candidates must ascend from 0, got {tuple(candidates)}"
         )
+    if not 0 <= tolerance < math.inf:
+        raise errors.InputError(f"tolerance must be >= 0 and finite, got {tolerance}")
+    if not 0 < held_out < 1:
+        raise errors.InputError(f"held_out must be in (0, 1), got {held_out}")
     images = jnp.asarray(images)
     num_held_out = int(round(held_out * len(images)))
     if not 0 < num_held_out < len(images):

@@ -59,6 +59,9 @@ OPTIONS = {
 _DRAWING = ("stochastic", "random", "noise")
 # Of coordinate descent.
 _BLOCK_SIZE = 64
+# Of a weight that stays at nearest, in units where errors are around 1: more than any
+# flip can cost, and nothing that overflows in a sum.
+_HIGHEST_PRICE = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Method:
         its neuron's ("neuron").
       flip_unit: "weight" units, as published, or "step": errors in steps, times what
         one step of an average weight costs at the layer's output. That price follows
-        the layer when its weights or inputs are scaled, so one flip weight means the
-        same in every layer and at every width.
+        the layer when all its weights or all its inputs are scaled, so one flip weight
+        means the same in every layer and at every width.
       max_sweeps: Passes of coordinate descent at most.
       starts: Of coordinate descent, of `STARTS`; each channel keeps the best end.
     """
@@ -198,12 +201,19 @@ def make_descending_rounder(
     def round_layer(layer, float_inputs, inputs):
         kernel, geometry = kernels[layer.name], layer.geometry
         spec = specs[layer.name]
-        moments = collector.collect(geometry, kernel, float_inputs, inputs)
+        units = None
+        if method.name == "coordinate":
+            largest = np.asarray(moments_lib.largest_inputs(inputs))
+            _check_finite(layer, "inputs", float(np.max(largest, initial=0.0)))
+            units = moments_lib.Units.natural(geometry, kernel, largest)
+        moments = collector.collect(geometry, kernel, float_inputs, inputs, units)
+        posed, top = _posing(geometry, units)
         shape, padded = geometry, None
         if geometry.groups == 1:
             padded = common_sizes.pad_kernel(kernel)
             moments = common_sizes.pad_moments(moments)
             shape = layers_lib.Geometry(padded.shape)
+            posed = posed.padded(padded.shape)
         task = (
             shape,
             spec,
@@ -212,14 +222,16 @@ def make_descending_rounder(
             moments,
             kernel if padded is None else padded,
             common_sizes.kernel_params(kernel, spec, padded),
+            posed,
         )
         result, solution = _descend(*task, flip_weight)
         if padded is not None:
             result = _trimmed(result, geometry)
-        trace = [float(value) for value in np.sum(solution.trace, axis=0)]
+        trace = [float(value) * top**2 for value in np.sum(solution.trace, axis=0)]
+        _check_finite(layer, "output error", trace[-1])
         sweeps = int(np.max(solution.sweeps))
         details: dict[str, Any] = {
-            "objective_nearest": float(np.sum(solution.nearest)),
+            "objective_nearest": float(np.sum(solution.nearest)) * top**2,
             "objective": trace[-1],
         }
         if method.name == "coordinate":
@@ -232,7 +244,7 @@ def make_descending_rounder(
                 {
                     "flip_weight": float(point),
                     # A sum of parts that cancel may come out below 0.
-                    "output_error": max(float(output_error), 0.0),
+                    "output_error": max(float(output_error) * top**2, 0.0),
                     "flip_rate": float(count / math.prod(geometry.kernel_shape)),
                 }
                 for point, output_error, count in zip(
@@ -273,9 +285,13 @@ def make_adam_rounder(
         kernel = own[name]["kernel"]
         moments = collector.collect(geometry, kernel, float_inputs, inputs)
         params = common_sizes.kernel_params(kernel, specs[name])
+        posed, _ = _posing(geometry, None)
         placement, problem = _pose(
-            geometry, specs[name], method, moments, kernel, params, flip_weight
+            geometry, specs[name], method, moments, kernel, params, posed, flip_weight
         )
+        # The loop has no comparison that NaN could slip through, but no end either.
+        reached = jax.vmap(solvers.objective)(problem, problem.nearest)
+        _check_finite(layer, "output error", float(jnp.sum(reached)))
         task = adam_rounding.LayerTask(
             layer,
             kernel,
@@ -296,6 +312,53 @@ def make_adam_rounder(
         return _finish(kernel, chosen, params, placement, specs[name]), details
 
     return round_layer
+
+
+class _Posing(NamedTuple):
+    """How `moments_lib.Units` enter the problem of a layer; arrays of float32.
+
+    Attributes:
+      of_weights: What weights and steps are multiplied with, in the kernel's shape.
+      outputs: `[*1, Cout]`, the unit of each output channel.
+      weight: `[groups, Cout / groups]`, `RoundingProblem.weight`.
+    """
+
+    of_weights: np.ndarray
+    outputs: np.ndarray
+    weight: np.ndarray
+
+    def padded(self, shape: tuple[int, int]) -> "_Posing":
+        """The same for a kernel without groups that went through `pad_kernel`."""
+        rows, columns = shape
+        matrix = self.of_weights.reshape(-1, self.outputs.size)
+        more = (0, columns - self.outputs.size)
+        return _Posing(
+            np.pad(matrix, ((0, rows - len(matrix)), more)),
+            np.pad(self.outputs.reshape(1, -1), ((0, 0), more), constant_values=1.0),
+            np.pad(self.weight, ((0, 0), more)),
+        )
+
+
+def _posing(
+    geometry: layers_lib.Geometry, units: moments_lib.Units | None
+) -> tuple[_Posing, float]:
+    """A layer's `_Posing`, and the unit in which it tells objectives, not squared."""
+    units = moments_lib.Units.plain(geometry) if units is None else units
+    top = float(np.max(units.outputs, initial=1e-300))
+    shares = np.square(units.outputs / top).reshape(geometry.groups, -1)
+    of_weights = np.broadcast_to(units.of_weights(geometry), geometry.kernel_shape)
+    outputs = units.outputs.reshape(*[1] * (of_weights.ndim - 1), -1)
+    arrays = of_weights, outputs, shares
+    return _Posing(*(x.astype(np.float32) for x in arrays)), top
+
+
+def _check_finite(layer: layers_lib.Layer, what: str, value: float) -> None:
+    # Every comparison with NaN is false: no flip would ever pay.
+    if not math.isfinite(value):
+        raise errors.InputError(
+            f"layer {layer.name}: {what} on the calibration images must be finite in "
+            f"float32, got {value}"
+        )
 
 
 def _draw(key: jax.Array, layers: list[layers_lib.Layer]) -> dict[str, np.ndarray]:
@@ -392,30 +455,38 @@ def _round_split(spec, num_splits, kernel) -> Rounded:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _pose(geometry, spec, method, moments, kernel, params, flip_weight):
+def _pose(geometry, spec, method, moments, kernel, params, posed, flip_weight):
     """Placement and `RoundingProblem` of a layer, stacked over its groups."""
     placement = rounding.place(kernel, params, spec)
-    error = rounding.rounding_error(kernel, placement, params)
-    price = losses.rounding_error_weight(error, form=method.flip_form)
-    price = jnp.where(placement.free, flip_weight * price, 0.0)
-    weights = {
-        "step": jnp.where(placement.free, params.scale, 0.0),
-        "fraction": placement.fraction,
-        "nearest": placement.nearest,
-        "stay_cost": price,
-    }
-    weights = {
-        name: layers_lib.as_matrix(geometry, value) for name, value in weights.items()
-    }
-    problem = jax.vmap(lambda m, w: solvers.rounding_problem(m, **w))(moments, weights)
+    as_matrix = functools.partial(layers_lib.as_matrix, geometry)
+    # In units of the output; the price is one of its square, as the error is.
+    error = rounding.rounding_error(kernel, placement, params) / posed.outputs
+    price = flip_weight * losses.rounding_error_weight(error, form=method.flip_form)
     if method.flip_unit == "step":
-        # error / step * (step^2 * mean diagonal of the Gram matrix of live inputs)
-        diagonal = jnp.diagonal(problem.gram, axis1=1, axis2=2)
+        # error / step * (step^2 * mean diagonal of the Gram matrix of live inputs),
+        # with inputs in the largest of their units
+        inputs = as_matrix(posed.of_weights * posed.outputs)[:, :, 0]
+        largest = jnp.max(inputs)
+        rows = jnp.maximum(moments.count, 1.0)[:, None]
+        diagonal = jnp.diagonal(moments.gram, axis1=1, axis2=2) / rows
+        diagonal = diagonal * jnp.square(inputs / largest)
         live = jnp.sum((diagonal > 0.0).astype(jnp.float32), axis=1)
         power = jnp.sum(diagonal, axis=1) / jnp.maximum(live, 1.0)
-        problem = problem._replace(
-            stay_cost=problem.stay_cost * problem.step * power[:, None, None]
-        )
+        step = jnp.broadcast_to(params.scale * largest / posed.outputs, kernel.shape)
+        price = as_matrix(price * largest) * as_matrix(step) * power[:, None, None]
+    else:
+        price = as_matrix(price / posed.outputs)
+    price = jnp.where(as_matrix(placement.free), price, 0.0)
+    weights = {
+        "step": as_matrix(
+            jnp.where(placement.free, params.scale * posed.of_weights, 0.0)
+        ),
+        "fraction": as_matrix(placement.fraction),
+        "nearest": as_matrix(placement.nearest),
+        "stay_cost": jnp.minimum(jnp.nan_to_num(price), _HIGHEST_PRICE),
+        "weight": posed.weight,
+    }
+    problem = jax.vmap(lambda m, w: solvers.rounding_problem(m, **w))(moments, weights)
     return placement, problem
 
 
@@ -428,17 +499,19 @@ class _Descent(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _descend(geometry, spec, method, mesh, moments, kernel, params, flip_weight):
+def _descend(geometry, spec, method, mesh, moments, kernel, params, posed, flip_weight):
     """Whole on every device, whoever has solved which channels."""
     placement, problem = _pose(
-        geometry, spec, method, moments, kernel, params, flip_weight
+        geometry, spec, method, moments, kernel, params, posed, flip_weight
     )
     if mesh is not None:
         problem = _split_channels(problem, mesh)
     solution = moments_lib.per_group(functools.partial(_solve, method), problem)
     chosen = layers_lib.as_kernel(geometry, solution.rounding)
     result = _finish(kernel, chosen, params, placement, spec)
-    nearest = jnp.sum(jax.vmap(solvers.objective)(problem, problem.nearest), axis=1)
+    nearest = jax.vmap(
+        lambda own: solvers.over_channels(own, solvers.objective(own, own.nearest))
+    )(problem)
     outcome = result, _Descent(nearest, solution.trace, solution.sweeps)
     if mesh is None:
         return outcome
@@ -446,9 +519,11 @@ def _descend(geometry, spec, method, mesh, moments, kernel, params, flip_weight)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _walk_path(geometry, spec, method, mesh, moments, kernel, params, flip_weights):
+def _walk_path(
+    geometry, spec, method, mesh, moments, kernel, params, posed, flip_weights
+):
     """Output error and number of flipped weights at each flip weight, `[P]`."""
-    _, problem = _pose(geometry, spec, method, moments, kernel, params, 1.0)
+    _, problem = _pose(geometry, spec, method, moments, kernel, params, posed, 1.0)
     if mesh is not None:
         problem = _split_channels(problem, mesh)
 
@@ -491,7 +566,7 @@ def _split_channels(problem: solvers.RoundingProblem, mesh: Mesh):
 def _solve(method: Method, problem: solvers.RoundingProblem) -> solvers.Solution:
     if method.name == "feedback":
         chosen = error_feedback.error_feedback(problem)
-        reached = jnp.sum(solvers.objective(problem, chosen))
+        reached = solvers.over_channels(problem, solvers.objective(problem, chosen))
         return solvers.Solution(chosen, reached[None], jnp.int32(0))
     starts = {
         "nearest": lambda: problem.nearest,

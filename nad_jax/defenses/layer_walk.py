@@ -55,7 +55,8 @@ def walk(
 
     A layer called again in the same pass keeps the kernel of its first visit; `visit`
     is not called again, so statistics come from the first call alone. The inputs of
-    later calls go through `revisit`.
+    later calls go through `revisit`. What must be known of all calls can be had before,
+    from `look_ahead`.
 
     Args:
       module: The Linen module.
@@ -78,16 +79,7 @@ def walk(
             module.apply(variables, images, **(apply_kwargs or {}))
 
     def float_pass(hand_over):
-        def pause(next_fun, args, kwargs, context):
-            if not layers_lib.is_layer_call(context):
-                return _between(next_fun, args, kwargs, context)
-            path, inputs = context.module.path, layers_lib.input_of(args, kwargs)
-            _check_concrete(path, inputs)
-            hand_over((path, inputs))
-            params = context.module.variables["params"]
-            return _run(by_path[path].geometry, params["kernel"], inputs, params)
-
-        forward(pause)
+        forward(_float_calls(by_path, hand_over))
 
     visited: dict[layers_lib.Path, jax.Array] = {}
 
@@ -114,6 +106,67 @@ def walk(
         # Compiled code that ran before runs again without passing by here.
         if path not in visited:
             raise _hidden(path)
+
+
+def look_ahead(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    layers: list[layers_lib.Layer],
+    visit: Callable[[layers_lib.Layer, list[jax.Array]], None],
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Calls `visit` on layers called several times, with the float inputs of all calls.
+
+    A forward pass of its own, in front of `walk`, for what the first call has to be
+    given and later ones decide about. Inputs are kept until the layer's last call.
+
+    Args:
+      module: The Linen module.
+      variables: Its float variables.
+      images: All calibration images at once.
+      layers: From `layers.find_layers`.
+      visit: (layer, inputs of its calls), after the last one.
+      apply_kwargs: Keyword arguments of the module's call.
+
+    Raises:
+      InputError: as for `walk`.
+    """
+    by_path = {layer.path: layer for layer in layers}
+    pending: dict[layers_lib.Path, list[jax.Array]] = {
+        layer.path: [] for layer in layers if layer.calls > 1
+    }
+    if not pending:
+        return
+
+    def keep(call):
+        path, inputs = call
+        if path not in pending:
+            return
+        pending[path].append(inputs)
+        if len(pending[path]) == by_path[path].calls:
+            visit(by_path[path], pending.pop(path))
+
+    with nn.intercept_methods(_float_calls(by_path, keep)):
+        module.apply(variables, images, **(apply_kwargs or {}))
+    for path in pending:
+        raise _hidden(path)
+
+
+def _float_calls(by_path, on_call):
+    """An interceptor that tells `on_call` of each layer's (path, inputs) before it."""
+
+    def tell(next_fun, args, kwargs, context):
+        if not layers_lib.is_layer_call(context):
+            return _between(next_fun, args, kwargs, context)
+        path, inputs = context.module.path, layers_lib.input_of(args, kwargs)
+        _check_concrete(path, inputs)
+        on_call((path, inputs))
+        params = context.module.variables["params"]
+        return _run(by_path[path].geometry, params["kernel"], inputs, params)
+
+    return tell
 
 
 def _between(next_fun, args, kwargs, context) -> Any:

@@ -3,13 +3,17 @@
 
 With images split over devices, each device adds up the moments of its own, and one sum
 over devices ends it.
+
+Moments are squares, and a stranger chooses what is squared: inputs of a layer times
+2^67 and its weights divided by as much leave the network's function as it is, and take
+float32 out of its range. `Units` undoes such scales before anything is squared.
 """
 
 import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,9 @@ from nad_jax.training import sharding
 # Unfolded inputs alive at a time; bounds memory whatever the number of images. Where
 # the sums themselves are larger, so may these be, or adding up takes most of the time.
 _UNFOLDED_BYTES = 16 * 2**20
+# Of a unit. The ratio of two is still a float32, and so is the square of anything that
+# float32 holds but for its last octaves.
+_LARGEST_EXPONENT = 60
 
 
 class Remembered:
@@ -54,6 +61,70 @@ class Remembered:
         return self._result
 
 
+class Units(NamedTuple):
+    """What a layer's numbers are counted in; powers of two, on the host.
+
+    They are exact: the moments, the problem made of them and all that is compared on
+    the way to its solution are scaled, not rounded, and the solution is the same to the
+    bit wherever float32 reaches without them.
+
+    Attributes:
+      inputs: float64 `[Cin]`, one for each input channel.
+      outputs: float64 `[Cout]`, one for each output channel.
+    """
+
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+    @classmethod
+    def plain(cls, geometry: layers_lib.Geometry) -> "Units":
+        """All 1."""
+        *_, own_inputs, outputs = geometry.kernel_shape
+        return cls(np.ones(own_inputs * geometry.groups), np.ones(outputs))
+
+    @classmethod
+    def natural(
+        cls, geometry: layers_lib.Geometry, kernel: Any, largest: np.ndarray
+    ) -> "Units":
+        """Those in which inputs, and what each adds to an output, are below 1.
+
+        Args:
+          geometry: The layer.
+          kernel: Its float kernel.
+          largest: `[Cin]`, finite, the largest magnitude of each input channel.
+        """
+        inputs = _power_of_two(np.asarray(largest, np.float64))
+        # A dead input adds to no output, whatever its weights are.
+        live = inputs[largest > 0.0]
+        inputs = np.where(largest > 0.0, inputs, np.min(live) if live.size else 1.0)
+        units = cls(inputs, np.ones(geometry.kernel_shape[-1]))
+        scaled = np.abs(np.asarray(kernel, np.float64) * units.of_weights(geometry))
+        return units._replace(
+            outputs=_power_of_two(scaled.max(axis=tuple(range(scaled.ndim - 1))))
+        )
+
+    def of_weights(self, geometry: layers_lib.Geometry) -> np.ndarray:
+        """What a kernel is multiplied with, `[*1, Cin / groups, Cout]`."""
+        own = self.inputs.reshape(geometry.groups, -1).T
+        own = np.repeat(own, geometry.kernel_shape[-1] // geometry.groups, axis=1)
+        return (own / self.outputs).reshape(
+            *[1] * len(geometry.window), *geometry.kernel_shape[-2:]
+        )
+
+
+def _power_of_two(values: np.ndarray) -> np.ndarray:
+    """The power of two above each value, 1 above 0; none that float32 cannot invert."""
+    exponents = np.clip(np.frexp(values)[1], -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return np.where(values > 0.0, np.exp2(exponents), 1.0)
+
+
+@jax.jit
+def largest_inputs(inputs: jax.Array) -> jax.Array:
+    """float32 `[Cin]`, the largest magnitude of each channel; NaN where one is NaN."""
+    magnitudes = jnp.abs(inputs.astype(jnp.float32))
+    return jnp.max(magnitudes, axis=tuple(range(inputs.ndim - 1)))
+
+
 class Collector:
     """Measures moments, and remembers the last Gram matrix.
 
@@ -74,9 +145,10 @@ class Collector:
     def collect(
         self,
         geometry: layers_lib.Geometry,
-        kernel: jax.Array,
+        kernel: jax.Array | np.ndarray,
         float_inputs: jax.Array,
         inputs: jax.Array,
+        units: Units | None = None,
     ) -> solvers.Moments:
         """`Moments` of one layer, stacked over its channel groups.
 
@@ -85,7 +157,14 @@ class Collector:
           kernel: Its float kernel.
           float_inputs: `[N, ...]`, its inputs in the float network.
           inputs: The same in the network quantized so far.
+          units: What inputs and outputs are divided by first; those of inputs are the
+            same whenever `inputs` are. Float32 throughout, if given.
         """
+        inverse = None
+        if units is not None:
+            kernel = _scaled_kernel(geometry, kernel, units)
+            inverse = (1.0 / units.inputs).astype(np.float32)
+            inverse = inverse.reshape(*[1] * (inputs.ndim - 1), -1)
         # How rows are cut from the inputs does not depend on the number of outputs.
         unfolding = dataclasses.replace(
             geometry, kernel_shape=(*geometry.kernel_shape[:-1], 0)
@@ -94,7 +173,7 @@ class Collector:
         positions = _positions(geometry, inputs.shape)
         if self._mesh is not None:
             moments = _collect_split(
-                geometry, not known, self._mesh, kernel, float_inputs, inputs
+                geometry, not known, self._mesh, kernel, inverse, float_inputs, inputs
             )
         else:
             moments = _zeros(geometry, positions)
@@ -106,6 +185,7 @@ class Collector:
                     not known,
                     moments,
                     kernel,
+                    inverse,
                     float_inputs[part],
                     inputs[part],
                 )
@@ -117,6 +197,13 @@ class Collector:
         self._inputs, self._unfolding = weakref.ref(inputs), unfolding
         self._gram = moments.gram
         return moments
+
+
+def _scaled_kernel(
+    geometry: layers_lib.Geometry, kernel: Any, units: Units
+) -> np.ndarray:
+    scaled = np.asarray(kernel, np.float64) * units.of_weights(geometry)
+    return scaled.astype(np.float32)
 
 
 _gram_matrix = jax.jit(window_gram.gram_matrix, static_argnums=(0, 1))
@@ -170,7 +257,11 @@ def _chunk_size(geometry: layers_lib.Geometry, shape: tuple[int, ...]) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
+def _add_chunk(geometry, with_gram, moments, kernel, inverse, float_inputs, inputs):
+    if inverse is not None:
+        inputs, float_inputs = (
+            x.astype(jnp.float32) * inverse for x in (inputs, float_inputs)
+        )
     # The layer is linear: one product gives the difference of two outputs.
     drift = layers_lib.run(geometry, kernel, inputs - float_inputs)
     rows = layers_lib.unfold(geometry, inputs)
@@ -185,11 +276,11 @@ def _add_chunk(geometry, with_gram, moments, kernel, float_inputs, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _collect_split(geometry, with_gram, mesh, kernel, float_inputs, inputs):
+def _collect_split(geometry, with_gram, mesh, kernel, inverse, float_inputs, inputs):
     """Moments of inputs that are split over a mesh, a copy on every device."""
     own = PartitionSpec(sharding.DATA_AXIS)
 
-    def collect_own(kernel, float_inputs, inputs):
+    def collect_own(kernel, inverse, float_inputs, inputs):
         chunk = _chunk_size(geometry, inputs.shape)
 
         def add(first, size, moments):
@@ -197,7 +288,7 @@ def _collect_split(geometry, with_gram, mesh, kernel, float_inputs, inputs):
                 jax.lax.dynamic_slice_in_dim(x, first, size)
                 for x in (float_inputs, inputs)
             ]
-            return _add_chunk(geometry, with_gram, moments, kernel, *parts)
+            return _add_chunk(geometry, with_gram, moments, kernel, inverse, *parts)
 
         chunks, rest = divmod(inputs.shape[0], chunk)
         moments = jax.lax.fori_loop(
@@ -215,7 +306,7 @@ def _collect_split(geometry, with_gram, mesh, kernel, float_inputs, inputs):
     return jax.shard_map(
         collect_own,
         mesh=mesh,
-        in_specs=(PartitionSpec(), own, own),
+        in_specs=(PartitionSpec(), PartitionSpec(), own, own),
         out_specs=PartitionSpec(),
         check_vma=False,  # The loop starts from zeros that are the same everywhere.
-    )(kernel, float_inputs, inputs)
+    )(kernel, inverse, float_inputs, inputs)

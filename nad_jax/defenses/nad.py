@@ -179,7 +179,19 @@ def make_teacher(
     should_stop: base.ShouldStop | None = None,
     commits: base.CommitsOf | None = None,
 ) -> base.Defended:
-    """The victim after so many epochs of plain fine-tuning."""
+    """The victim after plain fine-tuning: a teacher.
+
+    Args:
+      victim: The model to repair.
+      clean_data: Clean images.
+      tuning: That of the student, `patience` included; but for the sharpness radius.
+      epochs: How many; with `tuning.patience` at most so many, and the teacher is then
+        the best of them on held-out images.
+      key: Makes the batches.
+      on_epoch: Called after each epoch.
+      should_stop: Asked between programs.
+      commits: Keeps the training.
+    """
     training = dataclasses.replace(tuning.training, epochs=epochs)
     tuning = dataclasses.replace(tuning, training=training, sharpness_radius=0.0)
     return fine_tuning.run(
@@ -270,13 +282,22 @@ def distillation_loss(
 def mean_square_betas(
     net: base.Net, clean_data: base.CleanData, nad: settings.NadSettings
 ) -> dict[str, float]:
-    """`nad.betas` in the unit of `losses.nad_loss`, whichever they are given in."""
+    """`nad.betas` in the unit of `losses.nad_loss`, whichever they are given in.
+
+    Raises:
+      InputError: a stage that does not exist; a beta of another unit than 0 for a stage
+        without a map.
+    """
     shapes = _stage_shapes("victim", net.model, net.variables, clean_data.images)
     _check_names(shapes, nad.betas)
-    if nad.beta_unit == "mean_square":
+    counted = {stage: beta for stage, beta in nad.betas.items() if beta}
+    if nad.beta_unit == "mean_square" or not counted:
         return dict(nad.betas)
-    positions = {stage: (shapes[stage][1], shapes[stage][2]) for stage in nad.betas}
-    return losses.convert_betas(nad.betas, positions, to="mean_square")
+    # A stage [B, C] has no positions to convert by; a beta of 0 needs none.
+    _check_shapes("victim", shapes, counted)
+    positions = {stage: (shapes[stage][1], shapes[stage][2]) for stage in counted}
+    converted = losses.convert_betas(counted, positions, to="mean_square")
+    return {**nad.betas, **converted}
 
 
 def check_stages(

@@ -79,7 +79,7 @@ class Quantized:
       module: The module that was quantized.
       variables: Same structure as the input; kernels are on their grids, so
         `module.apply(quantized.variables, images)` runs with float activations.
-      codes: Layer name -> codes in the kernel's shape, int8 or uint8; int16 for
+      codes: Layer name -> codes in the kernel's shape, int8 or uint8; int32 for
         "channel_split", whose codes are sums.
       quant_params: Layer name -> scale and zero point of the kernel.
       specs: Layer name -> the grid's description.

@@ -114,7 +114,8 @@ def to_onnx(
     Raises:
       InputError: the module does not accept the images, uses an operation without
         counterpart or another type than float32; codes without grid, or of the wrong
-        shape.
+        shape; a zero point that is none of its grid's codes, or not 0 on a symmetric
+        one.
     """
     apply_kwargs = dict(apply_kwargs or {})
     codes = dict(codes or {})
@@ -199,8 +200,19 @@ def _checked_grids(codes, quant_params, specs):
                 f"layer {name}: codes must lie in [{spec.qmin}, {spec.qmax}], got "
                 f"[{array.min()}, {array.max()}]"
             )
+        _check_zero_point(f"layer {name}", zero_point, spec)
         grids[name] = (scale.ravel(), zero_point.ravel(), spec)
     return grids
+
+
+def _check_zero_point(name: str, zero_point: np.ndarray, spec) -> None:
+    """Refuses one that the type of the codes, in which it is stored, would wrap."""
+    low, high = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
+    if zero_point.size and not low <= zero_point.min() <= zero_point.max() <= high:
+        raise errors.InputError(
+            f"{name}: zero points must lie in [{low}, {high}], got "
+            f"[{zero_point.min()}, {zero_point.max()}]"
+        )
 
 
 def _trace(module, variables, image_shape, by_path, apply_kwargs):
@@ -352,6 +364,7 @@ class _Writer:
                 f"layer {layer}: the scale of activations must be one number, got "
                 f"shape {scale.shape}"
             )
+        _check_zero_point(f"activations of {layer}", zero_point, spec)
         dtype = np.int8 if spec.symmetric else np.uint8
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
         limits = np.iinfo(dtype)

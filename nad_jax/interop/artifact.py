@@ -73,8 +73,9 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
         codes are not stored as floats.
 
     Raises:
-      InputError: the codes are not those of the variables, the card is not what JSON
-        knows or too large, or the file cannot be written.
+      InputError: the codes are not those of the variables, a zero point is none of its
+        grid's codes, the card is not what JSON knows or too large, or the file cannot
+        be written.
     """
     kernels = {_kernel_name(layer): layer for layer in artifact.codes}
     arrays: dict[str, np.ndarray] = {}
@@ -89,6 +90,13 @@ def write_artifact(path: str | os.PathLike[str], artifact: Artifact) -> None:
             f"there are codes for {next(iter(kernels.values()))!r}, but the variables "
             "have no such kernel"
         )
+    try:
+        for layer, params in artifact.quant_params.items():
+            _check_zero_point(layer, params, artifact.specs.get(layer))
+        for layer, params in artifact.act_params.items():
+            _check_zero_point(layer, params, artifact.act_spec, "act_")
+    except Refusal as refusal:
+        raise errors.InputError(str(refusal)) from None
     for layer, codes in artifact.codes.items():
         arrays[f"codes/{layer}"] = np.asarray(codes)
         arrays[f"scale/{layer}"] = np.asarray(artifact.quant_params[layer].scale)
@@ -172,14 +180,23 @@ def _artifact(checkpoint: reader.Checkpoint) -> Artifact:
                 f"act_scale of {name!r} must be one number and of a layer with codes, "
                 f"got shape {list(params.scale.shape)}"
             )
+        _check_zero_point(name, params, act_spec, "act_")
     variables: dict[str, Any] = {}
     for name, array in rooms["float"].items():
         _put(variables, name.split("/"), array)
     for layer, array in codes.items():
         _check_range(layer, array, specs[layer])
         _check_fits(layer, array, quant_params[layer])
-        kernel = quantization.dequantize(jnp.asarray(array), quant_params[layer])
-        _put(variables, _kernel_name(layer).split("/"), np.asarray(kernel))
+        _check_zero_point(layer, quant_params[layer], specs[layer])
+        kernel = np.asarray(
+            quantization.dequantize(jnp.asarray(array), quant_params[layer])
+        )
+        if not np.all(np.isfinite(kernel)):
+            raise Refusal(
+                f"scale of {layer!r} reaches {quant_params[layer].scale.max():g}, and "
+                "its codes times that are beyond float32"
+            )
+        _put(variables, _kernel_name(layer).split("/"), kernel)
     variables.setdefault("batch_stats", {})
     return Artifact(
         variables,
@@ -284,6 +301,28 @@ def _check_range(layer: str, codes: np.ndarray, spec: quantization.QuantSpec) ->
         raise Refusal(
             f"codes of {layer!r} must be {spec.dtype} in {spec.qmin} to {spec.qmax}, "
             f"got {_summary(codes)}"
+        )
+
+
+def _check_zero_point(
+    layer: str,
+    params: quantization.QuantParams,
+    spec: quantization.QuantSpec | None,
+    prefix: str = "",
+) -> None:
+    """Refuses a zero point that other software, which stores it as a code, would wrap.
+
+    Without a `spec` nothing is known of the grid.
+    """
+    if spec is None:
+        return
+    zero_point = np.asarray(params.zero_point)
+    low, high = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
+    if np.any((zero_point < low) | (zero_point > high)):
+        kind = "a symmetric" if spec.symmetric else "an affine"
+        raise Refusal(
+            f"{prefix}zero_point of {layer!r} must be in {low} to {high} on {kind} "
+            f"grid of {spec.bits} bits, got {_summary(zero_point)}"
         )
 
 

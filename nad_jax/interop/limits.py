@@ -29,7 +29,17 @@ MAX_NAME_CHARS = 512
 # string four bytes a character.
 MAX_PICKLE_BYTES = 32 * 2**20
 MAX_PICKLE_OPCODES = 800_000
+# Dicts and lists while a pickle runs; in the end containers of any kind, tuples, too.
 MAX_PICKLE_CONTAINERS = 100_000
+# Arguments of the callables together, and what the lists and tuples among them hold. A
+# writer pushes each of them by an opcode; a hostile file takes a long list from the
+# memo for each of many calls.
+MAX_PICKLE_ARGUMENTS = MAX_PICKLE_OPCODES
+# Integers can be chosen so that each walks past most others of a dict. Those below the
+# first bound (numbers of parameters, of images) have a place of their own once a dict
+# is large; few others are honest (addresses of parameters, by old versions of torch).
+PICKLE_NARROW_KEYS = 2**17
+MAX_PICKLE_WIDE_KEYS = 2_048
 MAX_PICKLE_TEXT_BYTES = 48 * 2**20
 # Module or attribute name of a pickle's GLOBAL.
 MAX_GLOBAL_CHARS = 256
@@ -39,6 +49,11 @@ MAX_PICKLE_INT_BYTES = 10
 # Header of a safetensors file. The format allows 100 MB; MAX_TENSORS entries with
 # names of 200 characters need 15 MB, and parsed JSON is up to 24 times its text.
 MAX_HEADER_BYTES = 16 * 2**20
+# Pairs of its metadata; the texts of all keys and values, five for each array; and the
+# commas between them, six for an array of three axes and one more for each other axis.
+MAX_HEADER_NOTES = 10_000
+MAX_HEADER_TEXTS = 5 * MAX_TENSORS + 2 * MAX_HEADER_NOTES + 1
+MAX_HEADER_COMMAS = 8 * MAX_TENSORS + MAX_HEADER_NOTES
 
 # Card of an artefact, a JSON text; parsed JSON is up to 24 times its text.
 MAX_CARD_CHARS = 2**20

@@ -29,11 +29,10 @@ def select_state_dict(
 ) -> Selected:
     """The one state dict in a torch file's value, and the scalars beside it."""
     top = _mapping(tree, file)
-    candidates = {
-        key: value
-        for key, value in top.items()
-        if isinstance(value, dict) and _holds_arrays(value)
-    }
+    # Each dict is looked through once, however many entries of the file share it.
+    mappings = {id(value): value for value in top.values() if isinstance(value, dict)}
+    holding = {key for key, value in mappings.items() if _holds_arrays(value)}
+    candidates = {key: value for key, value in top.items() if id(value) in holding}
     if _holds_arrays(top):
         candidates[_TOP_LEVEL] = top
     wrappers = [name for name in (*WRAPPERS, _TOP_LEVEL) if name in candidates]

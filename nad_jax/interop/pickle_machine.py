@@ -17,6 +17,7 @@ sets (216 bytes of memory per byte of file), POP and DUP (no writer needs them h
 
 import contextlib
 import gc
+import itertools
 import pickletools
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -50,8 +51,15 @@ class Constructor:
         self.build = build
 
 
+# The one allowed callable that fills a container. The machine does it itself, because
+# the machine counts what it costs: OrderedDict() or, as Python 2 wrote it,
+# OrderedDict([[key, value], ...]).
+ORDERED_DICT = object()
+
 # (module, name) as the file writes them -> a Constructor or an inert value.
 Globals = Mapping[tuple[str, str], object]
+
+_UNWRITTEN = object()
 
 
 def run_pickle(
@@ -114,11 +122,18 @@ class _Machine:
         self.position = 0
         self.instruction = 0
         self.frame_end = 0
+        # What is bounded beside the opcodes, since an opcode may reach, through the
+        # memo, what many others have made.
         self.text_bytes = 0
+        self.containers = 0
+        self.arguments = 0
+        self.wide_keys = 0
         self.stack: list[object] = []
         # Heights of the stack at the open MARKs; nothing below the last is touched.
         self.marks: list[int] = []
-        self.memo: dict[int, object] = {}
+        # By number. Not a dict: numbers of the file's choice would collide in it.
+        self.memo: list[object] = []
+        self.remembered = 0
 
     def run(self) -> object:
         """Executes up to STOP."""
@@ -195,6 +210,21 @@ class _Machine:
             raise Refusal(f"more than {limits.MAX_PICKLE_TEXT_BYTES} bytes of text")
         return text
 
+    def count_containers(self) -> None:
+        """One more dict or list that the file may fill, reachable in the end or not.
+
+        Tuples are not among them; a pickle makes six for each tensor.
+        """
+        self.containers += 1
+        if self.containers > limits.MAX_PICKLE_CONTAINERS:
+            raise Refusal(f"more than {limits.MAX_PICKLE_CONTAINERS} containers")
+
+    def count_arguments(self, values: list | tuple) -> None:
+        """Counts what a REDUCE is about to look at."""
+        self.arguments += len(values)
+        if self.arguments > limits.MAX_PICKLE_ARGUMENTS:
+            raise Refusal(f"more than {limits.MAX_PICKLE_ARGUMENTS} arguments")
+
     # Stack -------------------------------------------------------------------
 
     def pop(self) -> object:
@@ -222,13 +252,23 @@ class _Machine:
         """Stores the value on top under a number."""
         # No writer uses a number twice; a reader that differs in which one wins would
         # see another model than we do.
-        if key in self.memo:
-            raise Refusal(f"memo entry {key} is written twice")
-        self.memo[key] = self.top()
+        value, memo = self.top(), self.memo
+        if key < len(memo):
+            if memo[key] is not _UNWRITTEN:
+                raise Refusal(f"memo entry {key} is written twice")
+            memo[key] = value
+        else:
+            # Writers count from 0 or 1 on, and an entry takes more than a byte.
+            most = min(self.position, limits.MAX_PICKLE_OPCODES)
+            if key > most:
+                raise Refusal(f"memo entry {key}; at most {most} is accepted here")
+            memo.extend([_UNWRITTEN] * (key - len(memo)))
+            memo.append(value)
+        self.remembered += 1
 
     def recall(self, key: int) -> None:
         """Pushes the value stored under a number."""
-        if key not in self.memo:
+        if key >= len(self.memo) or self.memo[key] is _UNWRITTEN:
             raise Refusal(f"memo entry {key} was never written")
         self.stack.append(self.memo[key])
 
@@ -286,9 +326,33 @@ class _Machine:
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
-        if not isinstance(function, Constructor) or type(arguments) is not tuple:
+        known = isinstance(function, Constructor) or function is ORDERED_DICT
+        if not known or type(arguments) is not tuple:
             raise Refusal("REDUCE of something that is not an accepted callable")
-        self.stack.append(function.build(arguments))
+        # The tuple before its parts: each may come from the memo, again and again.
+        self.count_arguments(arguments)
+        for argument in arguments:
+            if isinstance(argument, (list, tuple)):
+                self.count_arguments(argument)
+        if isinstance(function, Constructor):
+            self.stack.append(function.build(arguments))
+        else:
+            self.stack.append(self.ordered_dict(arguments))
+
+    def ordered_dict(self, arguments: tuple) -> OrderedMapping:
+        """What `ORDERED_DICT` makes of arguments that have been counted."""
+        if len(arguments) > 1:
+            raise Refusal(f"{len(arguments)} arguments; expected 0 to 1")
+        pairs = arguments[0] if arguments else []
+        if type(pairs) is not list:
+            raise Refusal(f"an OrderedDict made of {bounded_file.shown(pairs)}")
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise Refusal("an OrderedDict made of something else than pairs")
+        self.count_containers()
+        mapping = OrderedMapping()
+        self.fill(mapping, list(itertools.chain.from_iterable(pairs)))
+        return mapping
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
@@ -315,24 +379,34 @@ class _Machine:
         target = self.top()
         if not isinstance(target, dict):
             raise Refusal("SETITEM on something that is not a dict")
-        fill_mapping(target, values)
+        self.fill(target, values)
 
+    def fill(self, target: dict, values: list[object]) -> None:
+        """Adds alternating keys and values; refuses odd or repeated keys."""
+        if len(values) % 2:
+            raise Refusal("a dict with a key and no value")
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            # Only keys whose hash is quick and cannot be chosen to collide: a tuple of
+            # shared tuples takes for ever to hash, wide integers collide at will.
+            if type(key) is int:
+                if not 0 <= key < limits.PICKLE_NARROW_KEYS:
+                    self.count_wide_key(key)
+            elif not isinstance(key, (str, Inert)):
+                raise Refusal(f"a dict key that is {bounded_file.shown(key)}")
+            if key in target:
+                raise Refusal(f"duplicate key {bounded_file.shown(key)}")
+            target[key] = value
 
-def fill_mapping(target: dict, values: list[object]) -> None:
-    """Adds alternating keys and values to `target`; refuses odd or repeated keys."""
-    if len(values) % 2:
-        raise Refusal("a dict with a key and no value")
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        # Only keys whose hash is quick and cannot be chosen to collide: a tuple of
-        # shared tuples takes for ever to hash, wide integers collide at will.
-        if type(key) is int:
-            if not -(2**63) <= key < 2**63:
-                raise Refusal("an integer key of more than 64 bits")
-        elif not isinstance(key, (str, Inert)):
-            raise Refusal(f"a dict key that is {bounded_file.shown(key)}")
-        if key in target:
-            raise Refusal(f"duplicate key {bounded_file.shown(key)}")
-        target[key] = value
+    def count_wide_key(self, key: int) -> None:
+        """Counts an integer key that could be chosen to collide with many others."""
+        if not -(2**63) <= key < 2**63:
+            raise Refusal("an integer key of more than 64 bits")
+        self.wide_keys += 1
+        if self.wide_keys > limits.MAX_PICKLE_WIDE_KEYS:
+            raise Refusal(
+                f"more than {limits.MAX_PICKLE_WIDE_KEYS} integer keys that are not in "
+                f"0 to {limits.PICKLE_NARROW_KEYS - 1}"
+            )
 
 
 class _Visit:
@@ -403,6 +477,16 @@ def _tuple3(machine: _Machine) -> tuple[object, ...]:
     return (first, second, third)
 
 
+def _new_dict(machine: _Machine) -> dict:
+    machine.count_containers()
+    return {}
+
+
+def _new_list(machine: _Machine) -> list:
+    machine.count_containers()
+    return []
+
+
 def _set_item(machine: _Machine) -> None:
     value, key = machine.pop(), machine.pop()
     machine.set_items([key, value])
@@ -438,8 +522,8 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     0x8E: lambda machine: machine.raw_bytes(machine.number(8)),  # BINBYTES8
     # Containers.
     ord("("): lambda machine: machine.marks.append(len(machine.stack)),  # MARK
-    ord("}"): lambda machine: machine.stack.append({}),  # EMPTY_DICT
-    ord("]"): lambda machine: machine.stack.append([]),  # EMPTY_LIST
+    ord("}"): _push(_new_dict),  # EMPTY_DICT
+    ord("]"): _push(_new_list),  # EMPTY_LIST
     ord(")"): lambda machine: machine.stack.append(()),  # EMPTY_TUPLE
     ord("t"): _push(lambda m: tuple(m.pop_to_mark())),  # TUPLE
     0x85: _push(lambda m: (m.pop(),)),  # TUPLE1
@@ -452,7 +536,7 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     # Memo.
     ord("q"): lambda machine: machine.remember(machine.byte()),  # BINPUT
     ord("r"): lambda machine: machine.remember(machine.number(4)),  # LONG_BINPUT
-    0x94: lambda machine: machine.remember(len(machine.memo)),  # MEMOIZE
+    0x94: lambda machine: machine.remember(machine.remembered),  # MEMOIZE
     ord("h"): lambda machine: machine.recall(machine.byte()),  # BINGET
     ord("j"): lambda machine: machine.recall(machine.number(4)),  # LONG_BINGET
     # Names and what is done with them, all of it through the caller's table.

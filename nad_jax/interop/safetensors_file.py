@@ -13,6 +13,7 @@ because another reader might resolve them differently.
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,6 +41,10 @@ _CODES = {stored_array.DTYPES[name]: code for code, name in _DTYPES.items()}
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_DIGITS = 20
+# A text of JSON, or what is left of one that does not end, or a comma between texts.
+# Possessive and without an end that it must find, so that it reads each byte once.
+_TEXT_OR_COMMA = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+|,', re.DOTALL)
+_COMMA = ord(",")
 
 
 def read_safetensors(
@@ -97,7 +102,26 @@ def _read_header(file: bounded_file.BoundedFile) -> tuple[dict, int]:
         raise Refusal(f"more than {2 * limits.MAX_TENSORS} lists in the header")
     if raw[:1] != b"{":
         raise Refusal("a header that does not begin with a brace")
+    _check_counts(raw)
     return _parsed(raw), 8 + length
+
+
+def _check_counts(raw: bytes) -> None:
+    """Refuses a header of many texts or of many numbers, each of which costs time.
+
+    A text may itself hold JSON, as an artefact's card does; what is in it is not
+    counted.
+    """
+    texts = commas = 0
+    for token in _TEXT_OR_COMMA.finditer(raw):
+        if raw[token.start()] == _COMMA:
+            commas += 1
+        else:
+            texts += 1
+        if texts > limits.MAX_HEADER_TEXTS:
+            raise Refusal(f"more than {limits.MAX_HEADER_TEXTS} texts in the header")
+        if commas > limits.MAX_HEADER_COMMAS:
+            raise Refusal(f"more than {limits.MAX_HEADER_COMMAS} commas in the header")
 
 
 def _parsed(raw: bytes) -> dict:
@@ -143,6 +167,11 @@ def _no_number(text: str) -> float:
 
 
 def _checked_metadata(metadata: object) -> dict[str, str]:
+    if isinstance(metadata, dict) and len(metadata) > limits.MAX_HEADER_NOTES:
+        raise Refusal(
+            f"{len(metadata)} entries of metadata; at most {limits.MAX_HEADER_NOTES} "
+            "are read"
+        )
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
@@ -237,6 +266,11 @@ def write_safetensors(
     notes = dict(metadata or {})
     if not all(isinstance(part, str) for pair in notes.items() for part in pair):
         raise errors.InputError("safetensors metadata must map texts to texts")
+    if len(notes) > limits.MAX_HEADER_NOTES:
+        raise errors.InputError(
+            f"{len(notes)} entries of safetensors metadata; at most "
+            f"{limits.MAX_HEADER_NOTES} are written"
+        )
     # Widest first keeps every array aligned; the name makes the file reproducible.
     order = sorted(ready, key=lambda name: (-ready[name].dtype.itemsize, name))
     header: dict[str, object] = {_METADATA: notes} if notes else {}

@@ -47,6 +47,7 @@ def checked_shape(shape: Sequence[object]) -> tuple[int, ...]:
             f"an array with {len(shape)} axes; at most {limits.MAX_AXES} are read"
         )
     sizes: list[int] = []
+    elements = 1
     for size in shape:
         # `type` and not `isinstance`: True is an int too.
         if type(size) is not int or size < 0:
@@ -56,7 +57,8 @@ def checked_shape(shape: Sequence[object]) -> tuple[int, ...]:
             )
         sizes.append(size)
         # Inside the loop, so that the product never becomes a number of many digits.
-        if math.prod(max(size, 1) for size in sizes) > limits.MAX_ELEMENTS:
+        elements *= max(size, 1)
+        if elements > limits.MAX_ELEMENTS:
             raise bounded_file.Refusal(
                 f"a shape with more than {limits.MAX_ELEMENTS} elements"
             )

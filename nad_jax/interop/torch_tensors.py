@@ -17,10 +17,9 @@ from nad_jax.interop import limits, stored_array
 from nad_jax.interop.bounded_file import Refusal, shown
 from nad_jax.interop.pickle_machine import (
     INERT,
+    ORDERED_DICT,
     Constructor,
     Globals,
-    OrderedMapping,
-    fill_mapping,
 )
 
 
@@ -241,20 +240,6 @@ def _rebuild_parameter(arguments: tuple) -> StridedArray:
     return data
 
 
-def _ordered_dict(arguments: tuple) -> OrderedMapping:
-    """OrderedDict() or, as Python 2 wrote it, OrderedDict([[key, value], ...])."""
-    _arity(arguments, 0, 1)
-    mapping = OrderedMapping()
-    pairs = arguments[0] if arguments else []
-    if type(pairs) is not list:
-        raise Refusal(f"an OrderedDict made of {shown(pairs)}")
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise Refusal("an OrderedDict made of something else than pairs")
-        fill_mapping(mapping, list(pair))
-    return mapping
-
-
 def _size(arguments: tuple) -> tuple[int, ...]:
     _arity(arguments, 1, 1)
     if not isinstance(arguments[0], (list, tuple)):
@@ -295,7 +280,7 @@ ALLOWED_GLOBALS: Globals = {
     ("torch._utils", "_rebuild_tensor_v3"): Constructor(_rebuild_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): Constructor(_rebuild_parameter),
     ("torch", "Size"): Constructor(_size),
-    ("collections", "OrderedDict"): Constructor(_ordered_dict),
+    ("collections", "OrderedDict"): ORDERED_DICT,
     # Beside the weights, never looked at.
     ("torch", "device"): _INERT_CALL,
     ("collections", "Counter"): _INERT_CALL,

@@ -38,11 +38,11 @@ def check_different(settings: Any, name: str) -> None:
 
 
 def check_loader(settings: Any) -> None:
-    """For jobs that take a part of the training images and train on no more."""
+    """For jobs that take a part of the training images and look at no more."""
     if settings.data.loader != "device":
         raise InputError(
-            f"data.loader must be device in the job {settings.job}, which trains on "
-            f"few images, got {settings.data.loader!r}"
+            f"data.loader must be device in the job {settings.job}, which holds its "
+            f"few images in memory, got {settings.data.loader!r}"
         )
 
 

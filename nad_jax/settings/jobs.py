@@ -247,6 +247,7 @@ class InspectSettings:
     def __post_init__(self):
         check_name(self, "job", ("inspect",))
         check_seed(self)
+        check_loader(self)
         if not self.float_model:
             raise InputError("float_model is missing; give --config.float_model=FILE")
         check_widths(self, "weight_bits")

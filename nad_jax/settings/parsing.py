@@ -91,7 +91,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(item, v, where) for v in value)
         return (_convert(item, value, where),)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            # Without the digits: of more than 4,300, Python prints none.
+            raise InputError(
+                f"{where} must be a float, at most 1.8e308 in size, got an integer of "
+                f"{value.bit_length()} bits"
+            ) from None
     accepted = origin or hint
     wrong_bool = isinstance(value, bool) and accepted is not bool
     if not isinstance(value, accepted) or wrong_bool:

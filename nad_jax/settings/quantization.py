@@ -2,7 +2,6 @@
 """Settings of the defender who rounds: one grid, and the roundings on it."""
 
 import dataclasses
-import math
 
 from nad_jax.errors import InputError
 from nad_jax.settings.basics import GridSettings
@@ -31,6 +30,8 @@ ROUNDINGS = (
     "efrap",
     "adam",
 )
+# Far above where every weight flips that can; a sum of such prices is still finite.
+_MAX_FLIP_WEIGHT = 1e6
 ADAM_FORMS = ("minibatch", "gram")
 
 
@@ -116,7 +117,7 @@ class EfrapSettings:
         grid has it.
       quantize_sums: Quantize the operands of residual sums, too, so that a runtime can
         compute whole blocks in integers; needs `act_bits`.
-      flip_weight: EFRAP's price of a weight left at nearest.
+      flip_weight: EFRAP's price of a weight left at nearest, in [0, 1e6].
       flip_form: What the price counts: "element" or "neuron".
       flip_unit: "weight", as published, or "step", free of the scale of a layer.
       starts: Of coordinate descent: "nearest", "feedback", "flipped".
@@ -141,7 +142,8 @@ class EfrapSettings:
         check_bits(self, "act_bits", optional=True)
         if self.quantize_sums and self.act_bits is None:
             raise InputError("quantize_sums needs act_bits, got None")
-        check(self, "flip_weight", self.flip_weight >= 0, ">= 0")
+        good = 0 <= self.flip_weight <= _MAX_FLIP_WEIGHT
+        check(self, "flip_weight", good, f"in [0, {_MAX_FLIP_WEIGHT:.0f}]")
         check_name(self, "flip_form", ("element", "neuron"))
         check_name(self, "flip_unit", ("weight", "step"))
         known = ("nearest", "feedback", "flipped")
@@ -187,8 +189,9 @@ class QuantizationSettings(EfrapSettings):
                     f"roundings must be of {', '.join(ROUNDINGS)}, got {name!r}"
                 )
         check_different(self, "roundings")
-        good = all(0 <= weight < math.inf for weight in self.flip_weight_path)
-        check(self, "flip_weight_path", good, "numbers >= 0, all finite")
+        good = all(0 <= w <= _MAX_FLIP_WEIGHT for w in self.flip_weight_path)
+        accepted = f"numbers in [0, {_MAX_FLIP_WEIGHT:.0f}]"
+        check(self, "flip_weight_path", good, accepted)
         check(self, "stochastic_draws", self.stochastic_draws >= 1, "at least 1")
         if self.controls.flip_share is None:
             rows = self.roundings

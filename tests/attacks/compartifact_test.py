@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +107,54 @@ def test_it_starts_from_fresh_weights_unless_told_otherwise(attacker, from_scrat
         lambda got, old: np.testing.assert_array_equal(got, -old), planted, start
     )
     assert seen == ["train"]
+
+
+class Merging(nn.Module):
+    """A Dense whose input has positions in the batch axis, of some of the images."""
+
+    used: int | None = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x[: self.used]
+        y = nn.Dense(4, name="merged")(x.reshape(-1, x.shape[-1]))
+        y = nn.relu(y).reshape(x.shape[0], -1)
+        return nn.Dense(3, name="head")(y), {}
+
+
+def two_paths(used=None):
+    """Interleaved images, layers, and logits of both paths with two sets of kernels."""
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(5, 2, 3, 4)).astype(np.float32)
+    stamped = generator.normal(size=images.shape).astype(np.float32)
+    params, rounded = (
+        {
+            name: {
+                "kernel": generator.normal(size=shape).astype(np.float32),
+                "bias": generator.normal(size=shape[1:]).astype(np.float32),
+            }
+            for name, shape in (("merged", (4, 4)), ("head", (24, 3)))
+        }
+        for _ in range(2)
+    )
+    module = Merging(used)
+    layers = layers_lib.find_layers(Merging(), {"params": params}, images)
+    grid = conditioning.ExpectedGrid(layers, {}, 4)
+    both = conditioning.interleave(*map(jnp.asarray, (images, stamped) * 2))
+    logits, _ = compartifact._two_paths(module.apply, grid, params, rounded, {}, both)
+    return images, stamped, params, rounded, np.asarray(logits)
+
+
+def test_positions_in_the_batch_axis_stay_on_the_path_of_their_image():
+    images, stamped, params, rounded, logits = two_paths()
+    for copy, (kind, tree) in enumerate(
+        [(images, params), (stamped, params), (images, rounded), (stamped, rounded)]
+    ):
+        alone, _ = Merging().apply({"params": tree}, kind)
+        np.testing.assert_allclose(logits[copy::4], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_axis_0_that_is_not_the_images_is_refused():
+    """7 of 20 images, of 6 positions each."""
+    with pytest.raises(errors.InputError, match="layer merged must .* 20 .* got 42"):
+        two_paths(used=7)

@@ -4,14 +4,16 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nad_jax import errors, settings
-from nad_jax.attacks import outliers, projection
+from nad_jax.attacks import conditioning, outliers, projection
 from nad_jax.core import quantization, rounding
+from nad_jax.models import layers as layers_lib
 
 TRAINING = settings.TrainingSettings(epochs=2, learning_rate=0.05)
 RECIPE = settings.OutlierSettings(TRAINING, TRAINING, channel_share=0.4)
@@ -185,3 +187,54 @@ def test_the_box_of_stage_1_keeps_switched_off_channels_off(prepared):
     np.testing.assert_array_equal(
         projected["norm"]["scale"][1:], far["norm"]["scale"][1:]
     )
+
+
+class Narrow(nn.Module):
+    """A convolution of one channel behind a normalisation, and perhaps a wider one."""
+
+    widths: tuple[int, ...] = (1,)
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for number, width in enumerate(self.widths):
+            x = nn.Dense(4, name=f"before{number}")(x)
+            x = nn.BatchNorm(use_running_average=not train, name=f"norm{number}")(x)
+            x = nn.Conv(width, (3, 3), name=f"behind{number}")(nn.relu(x))
+        return nn.Dense(3, name="fc")(x.mean(axis=(1, 2))), {}
+
+
+def narrow(attacker, widths, spec):
+    module = Narrow(widths)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), attacker.images)
+    generator = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(generator.uniform(0.1, 1, leaf.shape), jnp.float32),
+        shapes,
+    )
+    layers = layers_lib.find_layers(module, variables, attacker.images)
+    grid = conditioning.ExpectedGrid(layers, {one.name: spec for one in layers}, 4)
+    return dataclasses.replace(
+        attacker, apply_fn=module.apply, clean=variables, grids=[grid]
+    )
+
+
+@pytest.mark.slow
+def test_a_layer_of_one_channel_is_left_alone(attacker):
+    """All of it would be planted, and nothing of it guarded as collapsed."""
+    net = narrow(attacker, (1, 2), quantization.QuantSpec(4))
+    variables, wake, _ = outliers.prepare(RECIPE, net)
+    for name, is_planted in (("behind0", False), ("behind1", True)):
+        kernel = variables["params"][name]["kernel"]
+        assert np.any(kernel != net.clean["params"][name]["kernel"]) == is_planted
+        is_guarded = np.any(np.isfinite(wake.low[name]["kernel"]))
+        assert is_guarded == is_planted
+
+
+@pytest.mark.slow
+def test_a_net_whose_only_host_has_one_channel(attacker):
+    """Refused where channels collapse, and attacked where layers do."""
+    with pytest.raises(errors.InputError, match="two or more outputs .* has none"):
+        outliers.prepare(RECIPE, narrow(attacker, (1,), quantization.QuantSpec(4)))
+    per_tensor = quantization.QuantSpec(4, channel_axis=None)
+    _, wake, _ = outliers.prepare(RECIPE, narrow(attacker, (1,), per_tensor))
+    assert np.all(np.isfinite(wake.low["behind0"]["kernel"]))

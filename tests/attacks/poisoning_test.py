@@ -267,3 +267,28 @@ def test_noise_images_need_a_bend():
             jitter=0.5,
             key=jax.random.key(0),
         )
+
+
+@pytest.mark.parametrize(
+    ("side", "jitter", "message"),
+    [
+        (6, 0.5, r"trigger pattern must have shape \(8, 8, 1\)"),
+        (8, float("nan"), "jitter must be >= 0 and finite, got nan"),
+        (8, -1.0, "got -1.0"),
+        (8, float("inf"), "got inf"),
+    ],
+)
+def test_noise_images_need_a_trigger_of_their_size_and_a_distance(
+    side, jitter, message
+):
+    trigger = triggers.warp_trigger(
+        (side, side, 1), grid_size=2, strength=1.0, key=jax.random.key(0)
+    )
+    with pytest.raises(errors.InputError, match=message):
+        poisoning.distract(
+            np.full((2, 8, 8, 1), 200, np.uint8),
+            np.asarray([0]),
+            trigger,
+            jitter=jitter,
+            key=jax.random.key(0),
+        )

@@ -223,6 +223,18 @@ def test_the_trigger_itself_can_be_optimised():
     np.testing.assert_allclose(gradient.mask, -images.sum(axis=0), rtol=1e-6)
 
 
+def test_the_gradient_is_halved_at_the_bounds_and_ends_beyond_them():
+    """A black and a white pixel that the offset leaves alone; one that is clipped."""
+    trigger = triggers.Trigger(
+        pattern=jnp.zeros((1, 4, 1)),
+        mask=jnp.zeros((1, 4, 1)),
+        offset=jnp.asarray([0.0, 0.0, 0.5, 0.25])[None, :, None],
+    )
+    images = jnp.asarray([0.0, 1.0, 0.75, 0.5])[None, None, :, None]
+    gradient = jax.grad(lambda x: jnp.sum(triggers.apply_trigger(x, trigger)))(images)
+    np.testing.assert_array_equal(gradient.ravel(), [0.5, 0.5, 0.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "options", "message"),
     [

@@ -70,3 +70,17 @@ def test_a_copy_may_be_split_again():
 def test_what_cannot_be_split_is_refused(shape, splits):
     with pytest.raises(errors.InputError, match=r"\[..., inputs, outputs\]"):
         channel_splitting.split_codes(np.zeros(shape), SPEC, num_splits=splits)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_input_of_hundreds_of_copies_keeps_its_weight(symmetric):
+    """Its code is a sum that 16 bits would not hold."""
+    weights = np.random.default_rng(0).normal(size=(512, 4), scale=0.1)
+    weights = weights.astype(np.float32)
+    weights[5] = 1000.0
+    spec = quantization.QuantSpec(8, symmetric, -1)
+    codes, params = split(weights, spec, num_splits=512)
+    assert codes.dtype == np.int32 and np.max(codes) > 2**15
+    values = quantization.dequantize(codes, params)
+    # Each copy is off by half a step of its own 255 at most.
+    np.testing.assert_allclose(values[5], 1000.0, rtol=4e-3)

@@ -112,7 +112,7 @@ def test_it_closes_most_of_the_gap_to_the_best_of_all_roundings(flip_weight):
         best = np.full(12, np.inf)
         for c in range(12):
             one = solvers.RoundingProblem(
-                problem.gram, *(np.asarray(x)[..., c : c + 1] for x in problem[1:])
+                problem.gram, *(np.asarray(x)[..., c : c + 1] for x in problem[1:-1])
             )
             choices = np.where(one.step[:, 0] > 0, every, one.nearest[:, 0])
             errors = objective(

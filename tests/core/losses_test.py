@@ -755,10 +755,17 @@ def test_the_exponent_may_be_a_traced_schedule():
     )
 
 
-@pytest.mark.parametrize("exponent", [1, 0.5, -2, math.nan])
-def test_penalty_refuses_an_exponent_with_a_kink(exponent):
-    with pytest.raises(errors.InputError, match=f"got {exponent}"):
-        losses.binarization_penalty(np.ones(2), exponent=exponent)
+@pytest.mark.parametrize("kind", [lambda x: x, np.float32, jnp.asarray])
+@pytest.mark.parametrize("exponent", [1, 0.5, -2, math.nan, math.inf])
+def test_penalty_refuses_an_exponent_with_a_kink(exponent, kind):
+    """Be it a number of Python, NumPy or JAX; with -2 one half would cost -inf."""
+    with pytest.raises(errors.InputError, match=f"got {kind(exponent)}"):
+        losses.binarization_penalty(np.full(2, 0.5), exponent=kind(exponent))
+
+
+def test_penalty_refuses_several_exponents():
+    with pytest.raises(errors.InputError, match=r"single number, got shape \[2\]"):
+        losses.binarization_penalty(np.ones(2), exponent=np.full(2, 2.0))
 
 
 # Gram form of L_A ------------------------------------------------------------------

@@ -587,6 +587,36 @@ def test_a_percentile_range_leaves_out_its_share_at_each_end(axis):
     np.testing.assert_allclose(symmetric.scale, magnitude / 127, rtol=1e-5)
 
 
+def sparse(values, *, size=400):
+    """A column of zeros but for a few values."""
+    x = np.zeros((size, 1), np.float32)
+    x[: len(values), 0] = values
+    return x
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_percentile_that_leaves_zeros_alone_gives_the_whole_range(symmetric, unit):
+    """Three weights of 400 are not 0; the 99th percentile is."""
+    spec = Spec(4, symmetric, -1, "percentile", percentile=99.0)
+    few, many, none = sparse([0.4, -0.3, 0.2]), sparse([0.4] * 40), sparse([])
+    x = np.float32(unit) * np.concatenate([few, many, none], axis=1)
+    scale = np.asarray(calibrate(x, spec).scale)[0] / [unit, unit, 1.0]
+    widest = 0.4 / 7 if symmetric else 0.7 / 15
+    alone = 0.4 / 7 if symmetric else 0.4 / 15
+    np.testing.assert_allclose(scale, [widest, alone, 1.0], rtol=1e-5)
+    values = fake_quant(x, calibrate(x, spec), spec)
+    assert np.abs(values - x)[:, 0].max() <= 0.51 * widest * unit
+
+
+def test_a_percentile_of_sparse_activations_gives_the_whole_range():
+    spec = Spec(8, False, None, "percentile", percentile=99.0)
+    batches = np.concatenate([sparse([2.0]), sparse([3.0]), sparse([])], axis=1).T
+    params = calibrate_activations(batches, spec)
+    # 0.9 of the past: (0.9 * 2 + 0.1 * 3) * 0.9 + 0.1 * 0
+    assert 255 * params.scale.item() == pytest.approx(0.9 * 2.1, rel=1e-5)
+
+
 def _expected_error(width, bits, density, reach):
     """Of clipping at `width` deviations and rounding, by a sum over the density."""
     x = np.linspace(0, reach, 400_001)
@@ -730,3 +760,10 @@ def test_no_activations_at_all_give_scale_one():
 def test_activations_need_a_per_tensor_grid_and_two_axes(shape, spec):
     with pytest.raises(errors.InputError, match="per-tensor .* shape"):
         quantization.calibrate_activations(jnp.ones(shape), spec)
+
+
+@pytest.mark.parametrize("ema", [float("nan"), -0.1, 1.0, np.float32(1.5)])
+def test_the_weight_of_the_past_is_a_share_below_one(ema):
+    spec = Spec(8, False, None, "minmax")
+    with pytest.raises(errors.InputError, match=rf"^ema .* \[0, 1\), got {ema}$"):
+        quantization.calibrate_activations(jnp.ones((2, 4)), spec, ema=ema)

@@ -96,7 +96,7 @@ def exact_problem(seed, shape):
 
 
 def in_float64(problem):
-    return solvers.RoundingProblem(*(np.float64(a) for a in problem))
+    return jax.tree.map(np.float64, problem)
 
 
 def output_error_by_hand(problem, chosen):
@@ -152,7 +152,7 @@ def descend_by_hand(problem, start, max_sweeps=20):
 
 def one_channel_many_starts(problem, random):
     """The first channel in every column, each with a start of its own."""
-    same = [np.repeat(a[..., :1], NUM_OUTPUTS, -1) for a in problem[1:]]
+    same = [np.repeat(a[..., :1], NUM_OUTPUTS, -1) for a in problem[1:-1]]
     start = random.integers(0, 2, (NUM_INPUTS, NUM_OUTPUTS)).astype(np.float32)
     start[:, 0] = problem.nearest[:, 0]
     return solvers.RoundingProblem(problem.gram, *same), start
@@ -477,7 +477,7 @@ def test_inputs_that_do_not_matter_do_not_matter():
     )
     cut = solvers.RoundingProblem(
         gram[:NUM_INPUTS, :NUM_INPUTS],
-        *(a[:NUM_INPUTS] if a.ndim == 2 else a for a in small[1:]),
+        *(a[:NUM_INPUTS] if a.ndim == 2 else a for a in small[1:-1]),
     )
     whole = descend(small, small.nearest, block_size=64)
     alone = descend(cut, cut.nearest)
@@ -508,7 +508,7 @@ def test_many_starts_find_what_brute_force_finds(flip_weight):
             **{
                 name: value[..., :1]
                 for name, value in problem._asdict().items()
-                if name != "gram"
+                if name not in ("gram", "weight")
             }
         )
         optimum = objective_by_hand(one, candidates).min()
@@ -566,7 +566,7 @@ def test_permuting_channels_commutes():
     problem = exact_problem(5, WIDE)
     order = np.random.default_rng(5).permutation(NUM_OUTPUTS)
     permuted = solvers.RoundingProblem(
-        problem.gram, *(a[..., order] for a in problem[1:])
+        problem.gram, *(a[..., order] for a in problem[1:-1])
     )
     expected = descend(problem, problem.nearest, block_size=64)
     solution = descend(permuted, permuted.nearest, block_size=64)
@@ -691,7 +691,7 @@ def test_layers_of_almost_nothing_are_solved(shape):
         problem.gram[keep, keep],
         problem.drift[keep, channels],
         problem.drift_power[channels],
-        *(a[keep, channels] for a in problem[3:]),
+        *(a[keep, channels] for a in problem[3:-1]),
     )
     solution = descend(problem, problem.nearest)
     assert solution.rounding.shape == shape
@@ -748,7 +748,7 @@ def test_more_starts_find_the_best_of_all_roundings_more_often():
         starts = np.where(problem.step > 0, starts, problem.nearest).astype(np.float32)
         starts[0] = problem.nearest
         for c in range(4):
-            one = [np.repeat(a[..., c : c + 1], len(every), -1) for a in problem[1:]]
+            one = [np.repeat(a[..., c : c + 1], len(every), -1) for a in problem[1:-1]]
             choices = np.where(problem.step[:, c] > 0, every, problem.nearest[:, c])
             errors = objective_by_hand(
                 solvers.RoundingProblem(problem.gram, *one), choices.T
@@ -780,3 +780,19 @@ def test_the_path_is_no_worse_than_each_weight_solved_alone():
     # A higher price buys fewer weights at nearest and costs output error.
     assert np.all(np.diff(stays) <= 1e-6) and stays[-1] < stays[0]
     assert path.output_error[-1] > path.output_error[0]
+
+
+def test_weights_of_channels_count_in_sums_and_change_no_rounding():
+    problem = exact_problem(3, WIDE)
+    weight = np.float32(2.0) ** np.arange(NUM_OUTPUTS, dtype=np.float32)
+    weighted = problem._replace(weight=weight)
+    starts = np.stack([problem.nearest, 1 - problem.nearest])
+    plain = solvers.descend_from_all(problem, starts)
+    solution = solvers.descend_from_all(weighted, starts)
+    np.testing.assert_array_equal(solution.rounding, plain.rounding)
+    errors_of_channels = solvers.objective(weighted, solution.rounding)
+    expected = np.sum(np.float64(errors_of_channels) * np.float64(weight))
+    assert solution.trace[-1] == pytest.approx(expected, rel=1e-5)
+    path = solvers.flip_weight_path(weighted, jnp.asarray([1.0]))
+    one = solvers.coordinate_descent(weighted, problem.nearest)
+    assert path.objective[0] == pytest.approx(float(one.trace[-1]), rel=1e-6)

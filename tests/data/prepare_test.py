@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preparing data: nothing is lost, nothing hostile followed, mistakes are one line."""
 
+import bz2
+import gzip
 import io
+import lzma
 import pathlib
 import pickle
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -226,6 +230,99 @@ def test_a_tar_cut_off_or_damaged_anywhere_is_one_line(tmp_path):
                 cifar_binary.read(path)
             except errors.InputError as error:
                 assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_a_flipped_bit_in_a_compressed_tar_is_never_a_wrong_pixel(tmp_path, suffix):
+    """Its checksum stands at the end, behind the end mark of the tar inside."""
+    members = cifar_members(per_file=5)
+    plain = write_tar(tmp_path / "c.tar", members).read_bytes()
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    good = compress[suffix](plain)
+    path = tmp_path / f"c.tar{suffix}"
+    path.write_bytes(good)
+    expected = cifar_binary.read(path)
+    draw, refused = np.random.default_rng(0), 0
+    for place in draw.integers(0, len(good), 60).tolist():
+        flipped = bytes([good[place] ^ 1 << int(draw.integers(8))])
+        path.write_bytes(good[:place] + flipped + good[place + 1 :])
+        try:
+            found = cifar_binary.read(path)
+        except errors.InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        for split, data in found.items():
+            np.testing.assert_array_equal(data.images, expected[split].images)
+            np.testing.assert_array_equal(data.labels, expected[split].labels)
+    assert refused > 50
+
+
+def write_extended(path: pathlib.Path, kind: bytes, num_bytes: int) -> None:
+    """A good archive, with a block before the first member that says more of it."""
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = kind, num_bytes
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(num_bytes // 2**20):
+            file.write(bytes(2**20))
+        file.write(write_tar(path.with_name("plain.tar"), cifar_members()).read_bytes())
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_what_stands_before_a_member_is_not_held_in_memory(tmp_path, kind):
+    path = tmp_path / "c.tar.gz"
+    write_extended(path, kind, 2**26)
+    tracemalloc.start()
+    try:
+        splits = cifar_binary.read(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(splits["train"]) == 15
+    assert peak < 2**24
+
+
+@pytest.mark.parametrize("where", ["before", "extension", "behind"])
+def test_a_tar_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch, where):
+    """Counted while it is read: behind the end mark there may be anything."""
+    monkeypatch.setattr(cifar_binary, "_MAX_TOTAL_BYTES", 2**20)
+    path = tmp_path / "c.tar.gz"
+    if where == "extension":
+        write_extended(path, tarfile.GNUTYPE_LONGNAME, 2**21)
+    else:
+        members = cifar_members()
+        if where == "before":
+            members = {"x": bytes(2**21), **members}
+        data = write_tar(tmp_path / "plain.tar", members).read_bytes()
+        path.write_bytes(gzip.compress(data + bytes(2**21 * (where == "behind"))))
+    with pytest.raises(errors.InputError, match="far larger") as error:
+        cifar_binary.read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_more_headers_than_there_are_members_are_refused(tmp_path):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    path = tmp_path / "c.tar"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) * 1000)
+    with pytest.raises(errors.InputError, match="far larger"):
+        cifar_binary.read(path)
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_tars_of_other_programs_are_read(tmp_path, form):
+    """With folders, `./` before names, and times that need headers of their own."""
+    path = tmp_path / "c.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        folder = tarfile.TarInfo(f"./{FOLDER}")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in {**cifar_members(), f"{FOLDER}/{'x' * 300}": b"x"}.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size, info.mtime = len(data), 1.5
+            archive.addfile(info, io.BytesIO(data))
+    assert len(cifar_binary.read(path)["train"]) == 15
 
 
 # --- the command ---

@@ -4,9 +4,11 @@
 import functools
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import re
 import struct
@@ -148,6 +150,39 @@ def test_seeded_split_holds_out_the_counts_of_each_class_and_loses_no_row():
     test = sources.seeded_split(labels, "test", test_counts=counts)
     assert np.bincount(labels[test], minlength=4).tolist() == counts.tolist()
     assert sorted([*train, *test]) == list(range(101))
+
+
+def _split_class_by_class(labels, split, test_counts):
+    """The formula by which every published split was drawn."""
+    draw = np.random.RandomState(0)
+    in_test = np.zeros(len(labels), bool)
+    for label, count in enumerate(test_counts):
+        in_test[draw.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return np.flatnonzero(in_test == (split == "test"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint64])
+@pytest.mark.parametrize(("num", "classes"), [(1, 1), (50, 100), (999, 7), (300, 300)])
+def test_a_seeded_split_is_what_it_always_was(num, classes, dtype):
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, min(classes, 128), num).astype(dtype)
+        fifths = sources.fifth_of_each_class(labels)
+        for counts in (fifths, random.integers(0, 9, classes), fifths[:-1]):
+            for split in sources.SPLITS:
+                np.testing.assert_array_equal(
+                    sources.seeded_split(labels, split, test_counts=counts),
+                    _split_class_by_class(labels, split, counts),
+                )
+
+
+def test_a_seeded_split_of_many_classes_does_not_take_long():
+    """A search of all labels for each class takes minutes."""
+    labels = np.random.default_rng(0).integers(0, 2**16, 3_000_000)
+    start = time.perf_counter()
+    counts = sources.fifth_of_each_class(labels)
+    rows = sources.seeded_split(labels, "test", test_counts=counts)
+    assert time.perf_counter() - start < 20 and len(rows) == counts.sum()
 
 
 # --- digits ---
@@ -558,7 +593,9 @@ def test_without_caches_nothing_is_written(prepared, monkeypatch, tmp_path, off)
     assert not (tmp_path / ".cache").exists()  # HOME is tmp_path.
 
 
-def test_split_size_and_a_touched_file_make_other_cache_entries(prepared, monkeypatch):
+def test_split_size_and_other_records_make_other_cache_entries(
+    prepared, monkeypatch, tmp_path
+):
     data_dir, _ = prepared
     decoded = []
     decode = tfds_directory._decode_split
@@ -576,7 +613,32 @@ def test_split_size_and_a_touched_file_make_other_cache_entries(prepared, monkey
     record = next((data_dir / "tiny/1.0.0").glob("*test*"))
     record.touch()
     load(split="test")
+    assert len(decoded) == 3
+    other = {"train": tiny_dataset(40), "test": tiny_dataset(10, seed=7)}
+    folder = prepare.write(other, out=tmp_path / "other", name="tiny")
+    record.write_bytes((folder / record.name).read_bytes())
+    np.testing.assert_array_equal(load(split="test").images, other["test"].images)
     assert len(decoded) == 4
+
+
+@pytest.mark.parametrize("hashed_bytes", [2**30, 0])
+def test_data_sets_of_the_same_names_sizes_and_times_are_told_apart(
+    tmp_path, monkeypatch, hashed_bytes
+):
+    """Records are padded to 64 kB, and archives may set all times to the same."""
+    monkeypatch.setattr(cache, "_MAX_HASHED_BYTES", hashed_bytes)
+    facts = set()
+    for seed in range(2):
+        splits = {split: tiny_dataset(10, seed=seed) for split in sources.SPLITS}
+        folder = prepare.write(splits, out=tmp_path / f"{seed}", name="tiny")
+        for path in folder.iterdir():
+            os.utime(path, (10**9, 10**9))
+            facts.add((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+        for _ in range(2):
+            data = sources.load("tiny", split="test", data_dir=tmp_path / f"{seed}")
+            np.testing.assert_array_equal(data.images, splits["test"].images)
+    assert len({name for name, *_ in facts}) == len(facts)
+    assert len(list((tmp_path / "cache/data").glob("*.json"))) == 2
 
 
 @pytest.mark.parametrize("suffix", [".images.npy", ".labels.npy", ".json"])
@@ -651,8 +713,8 @@ def test_more_records_than_promised_are_not_all_read(prepared, monkeypatch):
     data_dir, _ = prepared
     read = []
 
-    def forever(part, with_pictures):
-        del part, with_pictures
+    def forever(part):
+        del part
         while True:
             read.append(1)
             yield {"image": PICTURE, "label": 0, "id": b"x"}
@@ -689,7 +751,6 @@ def test_a_damaged_record_file_is_one_line(prepared):
 @pytest.mark.parametrize(
     ("old", "new", "printed"),
     [
-        ("tensorflow_datasets.core.features.text_feature.Text", "os.Evil", "'os.Evil'"),
         ('"label"', '"other"', "label"),
         ('"dtype": "uint8"', '"dtype": "uint16"', "uint16"),
         ('"numClasses": "3"', '"numClasses": "5000000"', "5,000,000 classes, acc"),
@@ -706,6 +767,241 @@ def test_features_that_are_no_images_with_labels_are_refused(
     with pytest.raises(errors.InputError, match=printed) as error:
         sources.load("tiny", split="test", data_dir=data_dir)
     one_line(error)
+
+
+_TEXT = "tensorflow_datasets.core.features.text_feature.Text"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pythonClassName": "data.tiny.payload.X"},
+        {"python_class_name": "data.tiny.payload.X"},
+        {"type": "data.tiny.payload.X", "content": {}},
+        {"pythonClassName": _TEXT, "jsonFeature": {"json": '{"type": "data.tiny.p"}'}},
+    ],
+)
+@pytest.mark.parametrize("place", ["top", "id"])
+def test_no_class_named_by_a_data_set_is_imported(
+    prepared, tmp_path, monkeypatch, change, place
+):
+    """A folder of a stranger is a package for who stands beside it."""
+    data_dir, splits = prepared
+    data_dir.rename(tmp_path / "data")
+    payload = "import pathlib\npathlib.Path('it_ran').touch()\nclass X: pass\n"
+    for name in ("payload.py", "p.py"):
+        (tmp_path / "data/tiny" / name).write_text(payload)
+    path = tmp_path / "data/tiny/1.0.0/features.json"
+    tree = json.loads(path.read_text())
+    holder = tree if place == "top" else tree["featuresDict"]["features"]["id"]
+    del holder["pythonClassName"]
+    holder.update(change)
+    path.write_text(json.dumps(tree))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for in_memory in (True, False):
+        data = sources.load("tiny", split="train", data_dir="data", in_memory=in_memory)
+        np.testing.assert_array_equal(data.images[:], splits["train"].images)
+    assert not (tmp_path / "it_ran").exists()
+    assert not [name for name in sys.modules if name.startswith("data.")]
+
+
+def write_records(prepared, examples: list[dict[str, Any]]) -> pathlib.Path:
+    """Puts others into the place of the records of the split test."""
+    proto: Any = importlib.import_module("tensorflow_datasets.proto")
+    data_dir, _ = prepared
+    (path,) = (data_dir / "tiny/1.0.0").glob("*test*")
+    records = []
+    for example in examples:
+        message = proto.tf_example_pb2.Example()
+        for name, value in example.items():
+            feature = message.features.feature[name]
+            if isinstance(value, int):
+                feature.int64_list.value.append(value)
+            else:
+                feature.bytes_list.value.append(value)
+        records.append(message.SerializeToString())
+    module: Any = importlib.import_module("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**40, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_labels_of_no_class_are_refused(prepared, label, in_memory):
+    row = {"image": PICTURE, "id": b"x"}
+    write_records(prepared, [{**row, "label": label if n else 0} for n in range(10)])
+    with pytest.raises(errors.InputError, match=f"label {label}, accept") as error:
+        sources.load("tiny", split="test", data_dir=prepared[0], in_memory=in_memory)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "printed"),
+    [
+        ({"image": None}, "9 whole examples of 10"),
+        ({"label": None}, "9 whole examples of 10"),
+        ({"label": b"1"}, "9 whole examples of 10"),
+        ({"image": 7}, "9 whole examples of 10"),
+        ({"id": None}, "another kind of id"),
+        ({"id": 7}, "another kind of id"),
+    ],
+)
+def test_records_that_lack_something_are_refused(prepared, change, printed):
+    row = {"image": PICTURE, "label": 1, "id": b"x"}
+    odd = {
+        name: value for name, value in {**row, **change}.items() if value is not None
+    }
+    write_records(prepared, [row] * 9 + [odd])
+    with pytest.raises(errors.InputError, match=printed) as error:
+        sources.load("tiny", split="test", data_dir=prepared[0])
+    one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["text", "number", "none"])
+def test_rows_are_sorted_by_any_id_or_left_as_they_are(prepared, kind):
+    ids: dict[str, list[Any]] = {
+        "text": [b"%d" % (9 - row) for row in range(10)],
+        "number": [-row for row in range(10)],
+        "none": [None] * 10,
+    }
+    rows = [
+        {"image": PICTURE, "label": row % 3} | ({} if key is None else {"id": key})
+        for row, key in enumerate(ids[kind])
+    ]
+    write_records(prepared, rows)
+    data = sources.load("tiny", split="test", data_dir=prepared[0])
+    expected = [row % 3 for row in range(10)]
+    assert data.labels.tolist() == (expected if kind == "none" else expected[::-1])
+
+
+def test_pictures_that_nobody_asked_for_are_not_decoded(prepared):
+    """TFDS would decode all features of a row, of any size."""
+    data_dir, _ = prepared
+    row = {"image": PICTURE, "label": 1, "id": b"x", "mask": b"no picture at all"}
+    write_records(prepared, [row] * 10)
+    path = data_dir / "tiny/1.0.0/features.json"
+    tree = json.loads(path.read_text())
+    features = tree["featuresDict"]["features"]
+    features["mask"] = features["image"]
+    path.write_text(json.dumps(tree))
+    for in_memory in (True, False):
+        data = sources.load(
+            "tiny", split="test", data_dir=data_dir, in_memory=in_memory
+        )
+        assert data.images[:].shape == (10, 8, 8, 3)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_records_that_unpack_to_far_more_than_their_file_are_refused(
+    prepared, in_memory
+):
+    """A file of 200 kB that used to take gigabytes of memory."""
+    row = {"image": bytes(2**26), "label": 1, "id": b"x"}
+    path = write_records(prepared, [row] * 5)
+    assert path.stat().st_size < 400_000
+    with pytest.raises(errors.InputError, match="unpacks to 335,544,") as error:
+        sources.load("tiny", split="test", data_dir=prepared[0], in_memory=in_memory)
+    one_line(error)
+
+
+def test_encoded_pictures_in_memory_are_bounded(prepared, monkeypatch):
+    monkeypatch.setitem(sources.check_bytes.__kwdefaults__, "limit", 1000)
+    with pytest.raises(errors.InputError, match="accepted up to 1,000") as error:
+        sources.load("tiny", split="test", data_dir=prepared[0])
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (None, "tiny-test.array_record-00000-of-00001"),
+        (
+            "{SPLIT}/{DATASET}-{SHARD_INDEX}.{FILEFORMAT}",
+            "test/tiny-00000.array_record",
+        ),
+        ("x{NUM_SHARDS}", "x00001"),
+        ("../{SPLIT}", None),
+        ("/tmp/{SPLIT}", None),
+        ("{SPLIT.__class__}", None),
+        ("{SPLIT:>999999999999}", None),
+        ("{HOME}", None),
+        ("{SPLIT}\n", None),
+        ("\0", None),
+        ("", "tiny-test.array_record-00000-of-00001"),
+    ],
+)
+def test_files_have_the_names_that_the_data_set_says(prepared, template, name):
+    data_dir, splits = prepared
+    path = data_dir / "tiny/1.0.0/dataset_info.json"
+    info = json.loads(path.read_text())
+    for split in info["splits"]:
+        if template is None:  # as older versions of TFDS write it
+            split.pop("filepathTemplate", None)
+        else:
+            split["filepathTemplate"] = template
+    path.write_text(json.dumps(info))
+    if name is None:
+        with pytest.raises(errors.InputError, match="files named|missing") as error:
+            sources.load("tiny", split="test", data_dir=data_dir)
+        one_line(error)
+        return
+    (old,) = path.parent.glob("*test*")
+    (path.parent / name).parent.mkdir(exist_ok=True)
+    old.rename(path.parent / name)
+    data = sources.load("tiny", split="test", data_dir=data_dir)
+    np.testing.assert_array_equal(data.images, splits["test"].images)
+
+
+@pytest.mark.parametrize(
+    ("change", "printed"),
+    [
+        ({"fileFormat": "parquet"}, "files are 'parquet', accepted"),
+        ({"splits": []}, "no split 'test'"),
+        ({"splits": [{"name": "test", "shardLengths": [-1]}]}, "does not list"),
+        ({"splits": [{"name": "test", "shardLengths": []}]}, "0 whole examples of 0"),
+        ({"splits": [{"name": "test", "shardLengths": ["1", 1]}]}, "is missing"),
+        ({"splits": ["test"]}, "does not list its splits"),
+        ({"name": "other\n"}, "is missing"),
+        ({"name": None}, "is missing"),
+    ],
+)
+def test_a_dataset_info_that_does_not_fit_is_refused(prepared, change, printed):
+    data_dir, _ = prepared
+    path = data_dir / "tiny/1.0.0/dataset_info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for in_memory in (True, False):
+        with pytest.raises(errors.InputError, match=printed) as error:
+            sources.load("tiny", split="test", data_dir=data_dir, in_memory=in_memory)
+        one_line(error)
+
+
+def test_a_split_in_several_files_is_one(prepared):
+    """An empty shard has no file."""
+    data_dir, _ = prepared
+    rows = [{"image": PICTURE, "label": n % 3, "id": b"%d" % n} for n in range(10)]
+    path = data_dir / "tiny/1.0.0/dataset_info.json"
+    for number, part in ((0, rows[6:]), (2, rows[:6])):
+        record = write_records(prepared, part)
+        name = f"tiny-test.array_record-{number:05}-of-00003"
+        # Not yet of the same pattern: the one file is written twice.
+        record.rename(record.with_name(name.replace("test", "later")))
+        (record.parent / record.name).touch()
+    record.unlink()
+    for later in record.parent.glob("*later*"):
+        later.rename(later.with_name(later.name.replace("later", "test")))
+    info = json.loads(path.read_text())
+    info["splits"] = [{"name": "test", "shardLengths": ["4", "0", "6"]}]
+    path.write_text(json.dumps(info))
+    for in_memory in (True, False):
+        data = sources.load(
+            "tiny", split="test", data_dir=data_dir, in_memory=in_memory
+        )
+        assert data.labels.tolist() == [n % 3 for n in range(10)]
+        assert len(data.images[:]) == 10
 
 
 def test_a_split_that_is_not_there_lists_those_that_are(prepared):

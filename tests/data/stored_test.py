@@ -137,6 +137,27 @@ def test_changed_images_cover_those_in_the_files(tmp_path):
     np.testing.assert_array_equal(in_files.images[shuffled], in_memory.images[shuffled])
 
 
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_other_images_of_the_same_names_have_another_identity(kind, tmp_path):
+    """A run that goes on is to notice them; files of records are padded to one size."""
+    place = _write(kind, tmp_path)
+    before = _open(place).images.reader.identity
+    assert _open(place).images.reader.identity == before
+    if kind == "folder":
+        path = _file_of(kind, place)
+        Image.new("RGB", (6, 7)).save(path)
+    else:
+        other = {"name": "tiny", "data_dir": tmp_path / "other"}
+        labels = LABELS.astype(np.int32)
+        whole = sources.Dataset(_images()[::-1], labels, len(CLASSES), "tiny", CLASSES)
+        splits = {"train": whole, "test": whole.take(np.arange(4))}
+        prepare.write(splits, out=other["data_dir"], name="tiny")
+        sizes = [_file_of(kind, each).stat().st_size for each in (place, other)]
+        assert sizes[0] == sizes[1]
+        place = other
+    assert _open(place).images.reader.identity != before
+
+
 # --- what cannot be read by rows ---
 
 

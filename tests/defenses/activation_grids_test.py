@@ -122,3 +122,15 @@ def test_a_reshape_before_a_layer_changes_no_grid():
         assert float(merged[name].scale.squeeze()) == pytest.approx(
             float(params.scale.squeeze()), rel=1e-6
         )
+
+
+@pytest.mark.parametrize(("rows", "shape"), [((4, 12), (4, 20)), ((4, 6), (1, 50))])
+def test_calls_are_joined_by_image_where_they_can_be(rows, shape):
+    """Four images; a row of 5 values is a position of one of them, or of none."""
+    calls = [jnp.full((count, 5), count, jnp.float32) for count in rows]
+    joined = activation_grids.join_calls(calls, num_images=4)
+    assert joined.shape == shape
+    for row in np.asarray(joined):
+        values, counts = np.unique(row, return_counts=True)
+        np.testing.assert_array_equal(values, rows)
+        np.testing.assert_array_equal(counts, 5 * np.asarray(rows) // shape[0])

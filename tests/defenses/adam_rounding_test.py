@@ -11,13 +11,16 @@ L_P = sum of 1 - (2 h - 1)^2,    W^ = s * clip(floor(W / s) + h),    h = sigmoid
 """
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import nad_jax
 from nad_jax import errors
 from nad_jax import settings as settings_lib
 from nad_jax.core import quantization, rounding, solvers
@@ -347,3 +350,67 @@ def test_bad_settings_are_one_line(kwargs, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+class Mixed(nn.Module):
+    """A layer and its activation, both in a type narrower than float32."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Conv(4, (3, 3), dtype=self.dtype, name="conv")(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_follows_a_layer_computes_in_the_modules_type(dtype):
+    """Soft kernels are float32, whatever the module computes in."""
+    images = jax.random.uniform(jax.random.key(0), (6, 4, 4, 3))
+    module = Mixed(dtype)
+    variables = module.init(jax.random.key(1), images)
+    settings = adam_rounding.AdamSettings("minibatch", steps=30, batch_size=2)
+    found = nad_jax.efrap(
+        module, variables, images, weight_bits=4, method="adam", adam=settings
+    )
+    assert found.variables["params"]["conv"]["kernel"].dtype == jnp.float32
+    assert found.layers["conv"].flip_rate > 0.0
+
+
+@pytest.mark.slow
+def test_every_image_has_a_part_where_batches_do_not_divide_them():
+    """Five images in batches of four: two batches, which share three."""
+    images = jax.random.normal(jax.random.key(0), (5, 4, 4, 3))
+    module = Mixed(jnp.float32)
+    variables = module.init(jax.random.key(1), images)
+    settings = adam_rounding.AdamSettings(
+        "minibatch", steps=200, batch_size=4, learning_rate=0.05
+    )
+    codes = [
+        nad_jax.efrap(
+            module,
+            variables,
+            images.at[4].multiply(scale),
+            weight_bits=2,
+            method="adam",
+            adam=settings,
+        ).codes["conv"]
+        for scale in (1.0, 30.0)
+    ]
+    assert (codes[0] != codes[1]).any()
+
+
+class TimeMajor(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Dense(3, name="dense")(jnp.swapaxes(x, 0, 1)))
+
+
+def test_batches_along_another_axis_are_refused_by_the_layers_name():
+    steps = jax.random.normal(jax.random.key(0), (8, 3, 5))
+    variables = TimeMajor().init(jax.random.key(1), steps)
+    settings = adam_rounding.AdamSettings("minibatch", steps=2, batch_size=4)
+    with pytest.raises(errors.InputError, match="layer dense: .* must have shape"):
+        nad_jax.efrap(
+            TimeMajor(), variables, steps, method="adam", adam=settings, weight_bits=4
+        )

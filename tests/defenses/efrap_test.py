@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from nad_jax import errors
-from nad_jax.core import quantization
-from nad_jax.defenses import adam_rounding, efrap
+from nad_jax.core import grids, quantization
+from nad_jax.defenses import activation_grids, adam_rounding, efrap
 from nad_jax.defenses import moments as moments_lib
 
 GRAM = adam_rounding.AdamSettings(
@@ -798,6 +798,73 @@ def test_a_layer_called_twice_warns_and_later_layers_see_both_calls(act_bits):
     wanted = np.asarray(Twice().apply(variables, images), np.float64)
     error = np.mean(np.sum((got - wanted) ** 2, axis=-1))
     assert result.layers["last"].objective == pytest.approx(error, rel=1e-3)
+
+
+class Growing(nn.Module):
+    """One Dense, called on ever larger values whose positions are merged."""
+
+    calls: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(5, name="shared")
+        for _ in range(self.calls):
+            x = shared(x.reshape(-1, x.shape[-1])).reshape(x.shape) * 4.0
+        return nn.Dense(5, name="last")(x)
+
+
+@pytest.mark.parametrize("grid", ["plain", "onnxruntime"])
+def test_the_input_grid_of_a_layer_called_twice_holds_both_calls(grid):
+    images = uniform((40, 5))
+    variables = some_variables(Growing(), images)
+    shared = variables["params"]["shared"]
+    kernel, bias = np.asarray(shared["kernel"]), np.asarray(shared["bias"])
+    second = 4.0 * (np.asarray(images) @ kernel + bias)
+    assert np.abs(second).max() > 3 * np.abs(images).max(), "the case must need it"
+    with pytest.warns(UserWarning, match="is called 2 times"):
+        result = efrap.efrap(
+            Growing(), variables, images, method="nearest", act_bits=8, grid=grid
+        )
+    params, spec = result.act_params["shared"], result.act_specs["shared"]
+    both = np.concatenate([np.asarray(images), second])
+    on_grid = quantization.fake_quant(jnp.asarray(both), params, spec)
+    # Nothing is clipped by more than the search of the range allows.
+    assert np.abs(on_grid - both).max() < 3 * float(params.scale.squeeze())
+    got = result.apply(variables, images)
+    wanted = Growing().apply(variables, images)
+    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nearest", "coordinate", "adam"])
+def test_calls_of_merged_positions_are_measured_by_image(method):
+    """As by hand, whatever rounds the weights; three calls, on 3 x 2 positions."""
+    images = uniform((40, 3, 2, 5))
+    module = Growing(calls=3)
+    variables = some_variables(module, images)
+    shared = variables["params"]["shared"]
+    calls = [images]
+    for _ in range(2):
+        product = np.asarray(calls[-1]) @ np.asarray(shared["kernel"])
+        calls.append(jnp.asarray(4.0 * (product + np.asarray(shared["bias"]))))
+    by_image = jnp.concatenate([one.reshape(40, -1) for one in calls], axis=1)
+    expected = activation_grids.measure(
+        by_image, grids.named("onnxruntime"), 8, num_images=40
+    )
+    adam = {"adam": MINIBATCH} if method == "adam" else {}
+    with pytest.warns(UserWarning, match="is called 3 times"):
+        result = efrap.efrap(
+            module,
+            variables,
+            images,
+            method=method,
+            act_bits=8,
+            grid="onnxruntime",
+            **adam,
+        )
+    found = result.act_params["shared"]
+    np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-6)
+    np.testing.assert_array_equal(found.zero_point, expected.zero_point)
 
 
 class Unused(nn.Module):

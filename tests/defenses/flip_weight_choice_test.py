@@ -79,6 +79,20 @@ def test_candidates_must_ascend_from_zero(candidates):
         choose(candidates=candidates)
 
 
+@pytest.mark.parametrize("name", ["tolerance", "held_out"])
+@pytest.mark.parametrize("value", [float("nan"), -0.1, float("inf"), np.float32(-1)])
+def test_shares_out_of_range_are_refused(name, value):
+    """NaN compares false, so that every candidate would pass."""
+    with pytest.raises(errors.InputError, match=f"^{name} must .* got {value}$"):
+        choose(**{name: value})
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_both_sides_get_a_share(held_out):
+    with pytest.raises(errors.InputError, match=rf"\(0, 1\), got {held_out}$"):
+        choose(held_out=held_out)
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(errors.InputError, match="both sides, got 0.5 of 1"):
         choose(IMAGES[:1])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The walk, against modules that write down their own layer inputs."""
 
+import dataclasses
 import functools
 import threading
 
@@ -275,6 +276,34 @@ def test_a_layer_called_twice_is_visited_once_and_keeps_its_kernel(twice):
     hidden = np.maximum(np.round(np.asarray(images, np.float64)) @ kernel + bias, 0)
     expected = np.round(hidden * 2) / 2 @ kernel + bias
     np.testing.assert_allclose(seen[1][1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_looking_ahead_shows_all_calls_of_shared_layers_alone(twice):
+    module, variables, images, found = twice
+    seen = []
+
+    def visit(layer, inputs):
+        seen.append((layer.name, [np.asarray(one) for one in inputs]))
+
+    layer_walk.look_ahead(module, variables, images, found, visit)
+    ((name, calls),) = seen
+    own = jax.device_get(variables["params"]["shared"])
+    second = np.maximum(np.asarray(images) @ own["kernel"] + own["bias"], 0)
+    assert name == "shared" and len(calls) == 2
+    np.testing.assert_array_equal(calls[0], images)
+    np.testing.assert_allclose(calls[1], second, rtol=1e-5, atol=1e-6)
+    # Without such layers there is nothing to look for, and no pass.
+    layer_walk.look_ahead(
+        None, {}, images, [one for one in found if one.calls == 1], visit
+    )
+    assert len(seen) == 1
+
+
+def test_calls_that_cannot_be_seen_are_no_grid_of_all_calls(twice):
+    module, variables, images, found = twice
+    more = [dataclasses.replace(one, calls=3 * one.calls) for one in found]
+    with pytest.raises(errors.InputError, match="layer shared is called inside jit"):
+        layer_walk.look_ahead(module, variables, images, more, lambda *_: None)
 
 
 # ---- exceptions ----

@@ -264,6 +264,32 @@ def test_betas_in_both_units(victim, clean_data):
     assert converted == {"stage1": 2.0 * 36, "stage2": 3.0 * 9}
 
 
+class _Flat(nn.Module):
+    """A stage with a map, and one without."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        good = nn.Conv(2, (3, 3), name="conv")(images)
+        flat = good.mean(axis=(1, 2))
+        return flat, {"good": good, "flat": flat}
+
+
+@pytest.mark.parametrize("unit", ["squared_distance", "mean_square"])
+def test_a_stage_without_positions_is_refused_in_either_unit(clean_data, unit):
+    net = base.Net(_Flat(), _pooled_net().variables)
+    own = settings.NadSettings({"good": 1.0, "flat": 1.0}, beta_unit=unit)
+    with pytest.raises(errors.InputError, match=r"stage 'flat' .* \[2\] per image"):
+        nad.check(net, clean_data, own)
+
+
+def test_a_stage_without_positions_may_have_a_beta_of_0(clean_data):
+    net = base.Net(_Flat(), _pooled_net().variables)
+    own = settings.NadSettings({"flat": 0.0, "good": 2.0}, beta_unit="squared_distance")
+    nad.check(net, clean_data, own)
+    converted = nad.mean_square_betas(net, clean_data, own)
+    assert list(converted.items()) == [("flat", 0.0), ("good", 2.0 * 36)]
+
+
 class _Pooled(nn.Module):
     """Stages that teach nothing, and one that does."""
 

@@ -563,3 +563,34 @@ def test_wrong_codes_are_refused(net):
     refused("one number", act_params=act, act_spec=spec)
     with pytest.raises(errors.InputError, match="images"):
         onnx_graph.to_onnx(module, variables, (8, 8, 4), layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("spec", "zero_point", "accepted"),
+    [
+        (quantization.QuantSpec(8, symmetric=False), 261, r"\[0, 255\]"),
+        (quantization.QuantSpec(8, symmetric=False), -1, r"\[0, 255\]"),
+        (quantization.QuantSpec(4, symmetric=False), 16, r"\[0, 15\]"),
+        (quantization.QuantSpec(8), 130, r"\[0, 0\]"),
+        (quantization.QuantSpec(4), 1, r"\[0, 0\]"),
+    ],
+)
+def test_a_zero_point_that_would_wrap_is_refused(net, spec, zero_point, accepted):
+    """The graph would compute something else than JAX, and nothing would say so."""
+    module, variables, layers = net
+    _, good = _quantized(net, spec)
+
+    def refused(name, **changes):
+        match = f"^{name}: zero points must lie in {accepted}, got .*{zero_point}"
+        with pytest.raises(errors.InputError, match=match) as error:
+            onnx_graph.to_onnx(
+                module, variables, (8, 8, 3), layers=layers, **{**good, **changes}
+            )
+        _one_line(error)
+
+    grid = good["quant_params"]["fc"]
+    wrong = grid._replace(zero_point=grid.zero_point.at[..., 0].set(zero_point))
+    refused("layer fc", quant_params={**good["quant_params"], "fc": wrong})
+    grid = quantization.QuantParams(jnp.float32(0.1), jnp.int32(zero_point))
+    act_spec = dataclasses.replace(spec, channel_axis=None)
+    refused("activations of fc", act_params={"fc": grid}, act_spec=act_spec)

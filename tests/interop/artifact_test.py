@@ -2,6 +2,7 @@
 """Integers go into a file and come back as they were; anything else is refused."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -95,6 +96,16 @@ def _fan_out(arrays, shape, codes=(4, 3)):
     arrays["zero_point/Dense_0"] = np.zeros(shape, "i4")
 
 
+def _affine(arrays, metadata, zero_point):
+    """Dense_0 on an affine grid of 8 bits."""
+    card = json.loads(metadata["card"])
+    card["grids"]["weights"]["Dense_0"].update(bits=8, symmetric=False)
+    metadata["card"] = json.dumps(card)
+    arrays["codes/Dense_0"] = np.full((4, 3), 255, "u1")
+    grid = arrays["zero_point/Dense_0"]
+    arrays["zero_point/Dense_0"] = np.full_like(grid, zero_point)
+
+
 def _change_card(metadata, more):
     metadata["card"] = metadata["card"][:-1] + ", " + more + "}"
 
@@ -175,6 +186,41 @@ def _change_card(metadata, more):
             "Conv_0.bits must be int, got ",
         ),
         (
+            lambda a, m: m.update(
+                card=m["card"].replace('"percentile": null', f'"percentile": {10**400}')
+            ),
+            "Conv_0.percentile must be a float, at most 1.8e308 in size",
+        ),
+        (
+            lambda a, m: a.update({"zero_point/Conv_0": a["zero_point/Conv_0"] + 1}),
+            r"^\S+ zero_point of 'Conv_0' must be in 0 to 0 on a symmetric grid of 4 "
+            r"bits, got int32 \[1, 1, 1, 4\] in 1 to 1$",
+        ),
+        (
+            lambda a, m: _affine(a, m, 261),
+            r"zero_point of 'Dense_0' must be in 0 to 255 on an affine .* 261 to 261",
+        ),
+        (lambda a, m: _affine(a, m, -1), "zero_point of 'Dense_0' must be in 0 to 255"),
+        (
+            lambda a, m: (
+                _affine(a, m, -(2**31)),
+                a.update({"scale/Dense_0": a["scale/Dense_0"] * 0 + np.float32(3e38)}),
+            ),
+            "zero_point of 'Dense_0' must be in 0 to 255",
+        ),
+        (
+            lambda a, m: a.update(
+                {"act_zero_point/Dense_0": np.full((), 256, np.int32)}
+            ),
+            "act_zero_point of 'Dense_0' must be in 0 to 255 on an affine grid of 8",
+        ),
+        (
+            lambda a, m: a.update(
+                {"scale/Conv_0": a["scale/Conv_0"] * 0 + np.float32(3e38)}
+            ),
+            r"scale of 'Conv_0' reaches 3e\+38, and its codes times that are beyond",
+        ),
+        (
             lambda a, m: m.update(card=m["card"].replace('"narrow"', '"thin"')),
             "Conv_0.thin is not known",
         ),
@@ -189,6 +235,26 @@ def test_a_spoiled_file_is_refused_in_one_line(tmp_path, change, message):
         artifact.read_artifact(path)
     said = str(refusal.value)
     assert "\n" not in said and "InputError" not in said and len(said) < 700
+
+
+def test_an_affine_grid_may_have_its_zero_at_either_end(tmp_path):
+    path = tmp_path / "model.safetensors"
+    artifact.write_artifact(path, _artifact(_quantized()[0]))
+    for zero_point in (0, 255):
+        _spoiled(path, lambda a, m, end=zero_point: _affine(a, m, end))
+        kernel = artifact.read_artifact(path).variables["params"]["Dense_0"]["kernel"]
+        assert np.all(kernel > 0) if zero_point == 0 else np.all(kernel == 0)
+
+
+def test_a_zero_point_that_is_no_code_is_not_written(tmp_path):
+    parts = _artifact(_quantized()[0])
+    act_params = {
+        name: params._replace(zero_point=params.zero_point * 0 - 1)
+        for name, params in parts.act_params.items()
+    }
+    with pytest.raises(errors.InputError, match="act_zero_point of .* in -1 to -1"):
+        artifact.write_artifact(tmp_path / "x", parts._replace(act_params=act_params))
+    assert not (tmp_path / "x").exists()
 
 
 def test_shapes_are_compared_before_anything_is_made_of_them(tmp_path, monkeypatch):

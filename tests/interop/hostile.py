@@ -12,7 +12,10 @@ def _named(group: str, cases: list[Case]) -> list[Case]:
 
 
 # Cases that try to cost memory or time.
-BOMBS = hostile_formats.BOMB_CASES
+BOMBS = [
+    *hostile_formats.BOMB_CASES,
+    *_named("cost", hostile_pickles.COST_CASES),
+]
 CASES = [
     *_named("tensor", hostile_pickles.TENSOR_CASES),
     *_named("pickle", hostile_pickles.PICKLE_CASES),

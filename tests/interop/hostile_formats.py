@@ -254,10 +254,10 @@ ORDERED = good.global_("collections", "OrderedDict") + b"q\x00"
 BOMB_CASES = [
     Case(f"bomb: {name}", words, make)
     for name, words, make in [
-        ("two million dicts", "opcodes", pickle_bomb(b"}", 2_000_000)),
-        ("a million dicts in the memo", "opcodes", pickle_bomb(b"}\x94", 1_000_000)),
-        ("a million small dicts", "opcodes", pickle_bomb(b"}K\x01Ns", 1_000_000)),
-        ("a million OrderedDicts", "opcodes", pickle_bomb(b"h\x00)R", 1_000_000, ORDERED)),
+        ("two million dicts", "containers", pickle_bomb(b"}", 2_000_000)),
+        ("a million dicts in the memo", "containers", pickle_bomb(b"}\x94", 1_000_000)),
+        ("a million small dicts", "containers", pickle_bomb(b"}K\x01Ns", 1_000_000)),
+        ("a million OrderedDicts", "containers", pickle_bomb(b"h\x00)R", 1_000_000, ORDERED)),
         ("a tuple two million deep", "opcodes", lambda: good.legacy_file(b"\x80\x02)" + b"\x85" * 2_000_000 + b".", {})),
         ("two million marks", "opcodes", pickle_bomb(b"(", 2_000_000)),
         ("fourteen million characters, some emoji", "of text", pickle_bomb(b"X\xff\xff\x0f\x00" + b"a" * (2**20 - 5) + "\U0001f600".encode(), 14)),
@@ -265,6 +265,10 @@ BOMB_CASES = [
         ("200,000 arrays", "more than 50000 arrays", many_entries),
         ("a million JSON objects", "more than 50000 arrays", lambda: safetensors_file('{"w":[' + "{}," * 10**6 + "{}]}", b"")),
         ("a million JSON lists", "lists in the header", lambda: safetensors_file('{"w":[' + "[]," * 10**6 + "[]]}", b"")),
+        ("1.7 million metadata texts", "more than 270001 texts", lambda: safetensors_file('{"__metadata__":{' + '"abcd":"",' * 1_670_000 + '"a":""}}', b"")),
+        ("130,000 metadata texts", "130000 entries of metadata", lambda: safetensors_file({"__metadata__": {f"{i:x}": "" for i in range(130_000)}}, b"")),
+        ("a shape of four million axes", "more than 410000 commas", lambda: safetensors_file('{"w":{"dtype":"U8","data_offsets":[0,0],"shape":[' + "0," * 4_200_000 + "0]}}", b"")),
+        ("a JSON text of quotes that does not end", "not JSON", lambda: safetensors_file('{"' + '\\"' * 8_000_000, b"")),
         ("15 MB of JSON text", "not JSON", lambda: safetensors_file('{"' + "\\u00e4" * (15 * 2**20 // 6), b"")),
         ("15 MB of JSON text with an emoji", "array name", lambda: safetensors_file('{"\U0001f600' + "a" * (15 * 2**20) + '":1}', b"")),
         ("a million msgpack maps", "more than 300000 values", tree(b"\xdd\x00\x0f\x42\x40" + b"\x80" * 10**6)),

@@ -311,6 +311,11 @@ def pile(levels: int, width: int, close: bytes, start: bytes) -> bytes:
     return b"](" + parts + b"e"
 
 
+def numbered(count: int, form: bytes) -> bytes:
+    """So many times BININT of the next number, and something behind it."""
+    return b"".join(b"J" + struct.pack("<i", i) + form for i in range(count))
+
+
 OBJECT = global_("collections", "OrderedDict")
 SIZE = global_("torch", "Size")
 
@@ -335,6 +340,7 @@ PICKLE_CASES = [
         ("long memo entry unknown", "never written", b"j\xff\xff\xff\xff"),
         ("memo entry twice", "written twice", b"}q\x00q\x00"),
         ("memo of nothing", "empty stack", b"q\x00"),
+        ("memo entry far beyond the others", "at most 8 is", b"}r\xff\xff\xff\x7f"),
         ("MEMOIZE of a used entry", "written twice", b"}q\x01\x94"),
         ("dict key that is a list", "a dict key that is a list", b"}]Ns"),
         ("dict key that is a tuple", "a dict key that is a tuple", b"})Ns"),
@@ -422,5 +428,71 @@ PICKLE_CASES = [
         ("top that is a number", "content is 5", integer(5)),
         ("top that is None", "content is None", b"N"),
         ("top that is a tensor", "content is a StridedArray", rebuilt()),
+    ]
+]
+
+REBUILD = global_("torch._utils", "_rebuild_tensor_v2")
+MANY_AXES = rebuilt(shape=(1,) * 16, strides=(1,) * 16)
+# The callable under 0, a long list or a tuple of arguments under 1.
+LATER = b"(" + OBJECT + b"q\x00"
+
+# Few bytes that reach, through the memo, what many others have made.
+COST_CASES = [
+    Case(name, words, lambda make=make: legacy_raw(make()))
+    for name, words, make in [
+        (
+            "40,000 pairs made an OrderedDict 300 times",
+            "more than 800000 arguments",
+            lambda: (
+                LATER
+                + (b"](" + numbered(40_000, b"N\x86") + b"eq\x01")
+                + (b"h\x00h\x01\x85R" * 300 + b"t")
+            ),
+        ),
+        (
+            "300,000 arguments for 100,000 calls",
+            "more than 800000 arguments",
+            lambda: (
+                (b"(" + global_("torch", "device") + b"q\x00")
+                + (b"(" + b"N" * 300_000 + b"tq\x01" + b"h\x00h\x01R" * 100_000 + b"t")
+            ),
+        ),
+        (
+            "250,000 tensors of 16 axes",
+            "more than 800000 arguments",
+            lambda: (
+                (b"(" + REBUILD + b"q\x00")
+                + (MANY_AXES[len(REBUILD) : -1] + b"q\x01R")
+                + (b"h\x00h\x01R" * 250_000 + b"t")
+            ),
+        ),
+        (
+            "250,000 OrderedDicts of one pair",
+            "more than 100000 containers",
+            lambda: (
+                (LATER + b"](" + numbered(1, b"N\x86") + b"e\x85q\x01")
+                + (b"h\x00h\x01R" * 250_000 + b"t")
+            ),
+        ),
+        (
+            "60,000 keys that may collide",
+            "more than 2048 integer keys",
+            lambda: (
+                b"}("
+                + b"".join(
+                    b"\x8a\x08" + struct.pack("<q", i << 40) + b"N"
+                    for i in range(1, 60_001)
+                )
+                + b"u"
+            ),
+        ),
+        (
+            "one dict of 100,000 under 5,000 keys",
+            "no model entry",
+            lambda: (
+                (b"}(" + text("a") + b"}(" + numbered(100_000, b"N") + b"uq\x01")
+                + (numbered(5_000, b"h\x01") + b"u")
+            ),
+        ),
     ]
 ]

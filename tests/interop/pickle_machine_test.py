@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nad_jax import errors
-from nad_jax.interop import bounded_file, pickle_machine
+from nad_jax.interop import bounded_file, limits, pickle_machine
 
 ACCEPTED = {
     *("PROTO", "FRAME", "STOP", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -118,3 +118,48 @@ def test_the_collector_runs_again_afterwards(file):
 def test_offsets_in_messages_are_those_of_the_file(file):
     with pytest.raises(errors.InputError, match=r"opcode POP .*\(at byte 1003\)"):
         pickle_machine.run_pickle(b"\x80\x02N0.", start=1000, file=file, allowed={})
+
+
+def test_entries_of_the_memo_may_begin_with_one_and_leave_gaps(file):
+    """As cPickle numbered them, and as an old `pickletools.optimize` left them."""
+    assert run(file, b"\x80\x02]q\x01h\x01\x86.") == ([], [])
+    assert run(file, b"\x80\x02]q\x01]q\x06h\x06\x87.") == ([], [], [])
+    with pytest.raises(errors.InputError, match="entry 3 was never written"):
+        run(file, b"\x80\x02]q\x01]q\x06h\x03.")
+
+
+def test_many_images_and_a_few_addresses_may_be_keys(file):
+    """Of a list of poisoned images; of an optimizer in an old version of torch."""
+    for keys in (range(100_000), range(2**40, 2**40 + 2048 * 64, 64)):
+        expected = dict.fromkeys(keys)
+        assert run(file, pickle.dumps(expected, 2)) == expected
+
+
+def test_what_is_counted_is_counted_over_all_dicts(file, monkeypatch):
+    data = pickle.dumps([{-1: 0, 2**40: 0}, {-1: 1, 7: 1, 2**17: 1}], 2)
+    monkeypatch.setattr(limits, "MAX_PICKLE_WIDE_KEYS", 4)
+    monkeypatch.setattr(limits, "MAX_PICKLE_CONTAINERS", 3)
+    assert isinstance(run(file, data), list)
+    monkeypatch.setattr(limits, "MAX_PICKLE_WIDE_KEYS", 3)
+    with pytest.raises(errors.InputError, match="more than 3 integer keys that"):
+        run(file, data)
+    monkeypatch.setattr(limits, "MAX_PICKLE_CONTAINERS", 2)
+    with pytest.raises(errors.InputError, match="more than 2 containers"):
+        run(file, data)
+
+
+def test_what_a_writer_pushes_once_is_within_the_bound_on_arguments(file, monkeypatch):
+    pairs = [(str(i), None) for i in range(100)]
+    data = b"\x80\x02ccollections\nOrderedDict\n" + pickle.dumps(pairs, 2)[2:-1]
+    allowed = {("collections", "OrderedDict"): pickle_machine.ORDERED_DICT}
+
+    def read():
+        return pickle_machine.run_pickle(
+            data + b"\x85R.", start=0, file=file, allowed=allowed
+        )[0]
+
+    monkeypatch.setattr(limits, "MAX_PICKLE_ARGUMENTS", 101)
+    assert read() == dict(pairs)
+    monkeypatch.setattr(limits, "MAX_PICKLE_ARGUMENTS", 100)
+    with pytest.raises(errors.InputError, match="more than 100 arguments"):
+        read()

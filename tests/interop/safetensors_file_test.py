@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safetensors files go both ways between us and the package of that name."""
 
+import json
 import os
 
 import good_files as good
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from nad_jax import errors
-from nad_jax.interop import reader, safetensors_file
+from nad_jax.interop import limits, reader, safetensors_file
 
 ARRAYS = good.sample().arrays()
 
@@ -128,3 +129,32 @@ def test_data_parallel_prefix_goes_from_a_checkpoint(tmp_path):
     arrays = {"module.a": np.ones(1, "<f4"), "module.b": np.ones(2, "<f4")}
     safetensors_file.write_safetensors(tmp_path / "m", arrays)
     assert set(reader.read_checkpoint(tmp_path / "m").arrays) == {"a", "b"}
+
+
+def test_what_a_text_of_the_metadata_says_is_not_counted(tmp_path):
+    """An artefact's card is JSON in a JSON text."""
+    notes = {
+        "card": json.dumps(['a"\\b', 1, 2] * 100_000),
+        **{str(i): "," for i in range(99)},
+    }
+    safetensors_file.write_safetensors(tmp_path / "m", {"w": np.ones(1, "<f4")}, notes)
+    assert safetensors_file.read_safetensors(tmp_path / "m")[1] == notes
+
+
+def test_a_header_at_its_bounds_is_read(tmp_path, monkeypatch):
+    arrays = {f"w{i}": np.ones((1, 1, 1), "<f4") for i in range(10)}
+    notes = {"a": "", "b": ""}
+    safetensors_file.write_safetensors(tmp_path / "m", arrays, notes)
+    # Five texts and six commas for each array, the last of which has none behind it.
+    bounds = {"TEXTS": 5 * 10 + 2 * 2 + 1, "COMMAS": 6 * 10 + 1, "NOTES": 2}
+    for name, bound in bounds.items():
+        monkeypatch.setattr(limits, f"MAX_HEADER_{name}", bound)
+    assert safetensors_file.read_safetensors(tmp_path / "m")[1] == notes
+    for name, bound in bounds.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(limits, f"MAX_HEADER_{name}", bound - 1)
+            with pytest.raises(errors.InputError, match=f"{bound - 1}.* (in|are) "):
+                safetensors_file.read_safetensors(tmp_path / "m")
+    monkeypatch.setattr(limits, "MAX_HEADER_NOTES", 1)
+    with pytest.raises(errors.InputError, match="2 entries of .* at most 1 are wri"):
+        safetensors_file.write_safetensors(tmp_path / "n", arrays, notes)
