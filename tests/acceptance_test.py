@@ -67,6 +67,14 @@ def test_one_failed_check_rejects_alone(changes, fails):
     assert facts["accepted"] is False
 
 
+def test_an_attack_may_cost_what_it_may():
+    """0.856 - 0.836 is a little above 0.02."""
+    facts = accept(
+        clean=row("float", "clean", 0.856, 0.01), backdoored=row("float", acc=0.836)
+    )
+    assert facts["accurate"]
+
+
 def test_a_backdoor_sleeps_that_says_no_more_than_the_clean_model():
     """A trigger that means something to every model is not the backdoor's doing."""
     assert accept(

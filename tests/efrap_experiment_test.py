@@ -11,6 +11,7 @@ import pytest
 from configs import efrap as config_file
 from nad_jax import efrap_experiment, errors, pipeline, settings
 from nad_jax import workdir as workdir_lib
+from nad_jax.report import schema
 
 
 def test_no_two_purposes_share_randomness():
@@ -51,6 +52,20 @@ def test_models_of_another_config_are_refused(section, change, words, tmp_path):
     with pytest.raises(errors.InputError, match=words):
         pipeline.EarlierRun(other, workdir)
     workdir.close()
+
+
+def test_efrap_may_cost_exactly_its_limit():
+    """0.856 - 0.846 is a little above 0.01."""
+
+    def row(name, acc):
+        return schema.Row(
+            name, "clean", 0, None, None, acc, None, None, 500, None, None, 0.0
+        )
+
+    (claim,) = efrap_experiment._claims([row("float", 0.856), row("efrap", 0.846)])
+    assert claim["passed"] and "worst 1.00%" in claim["text"]
+    (claim,) = efrap_experiment._claims([row("float", 0.856), row("efrap", 0.844)])
+    assert not claim["passed"]
 
 
 @pytest.mark.parametrize("variant", ["vit+controls", "vit+cifar10+controls"])

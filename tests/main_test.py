@@ -48,6 +48,18 @@ def _fails(capsys, *arguments):
         ([CONFIG, "--config.defense.grid.range_method=avg"], ["range_method", "avg"]),
         ([CONFIG, "--bogus=1"], ["bogus"]),
         ([CONFIG, "stray"], ["unexpected argument 'stray'"]),
+        ([CONFIG, "--config.lr=1", SMOKE], ["given 2 times", "efrap.py:smoke)"]),
+        ([CONFIG, "--config", "configs/nad.py"], ["given 2 times", "configs/nad.py)"]),
+        (["--config", "nowhere.py"], ["'nowhere.py' is not there", "configs/nad.py"]),
+        (["--config=."], ["'.' is a folder", "configs/efrap.py"]),
+        (["--config=audit.py:abc"], ["audit.py': variant must be empty, got 'abc'"]),
+        (["--config=inspect.py:abc"], ["variant must be empty, got 'abc'"]),
+        (
+            ["--config=nad.py", "--config.attack.trojan.neurons=1"],
+            ["--config.attack.trojan.neurons: config.attack.trojan is off in this"],
+        ),
+        ([CONFIG, "--config.repairs.rows=x"], ["config.repairs is off in this"]),
+        ([CONFIG, "--config.victim_workdir.x=1"], ["victim_workdir is not a section"]),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, words):
@@ -111,6 +123,26 @@ def test_a_config_file_must_return_a_config(capsys, tmp_path, returned):
     assert "get_config of" in error and "ml_collections.ConfigDict" in error
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no function get_config"),
+        ("def get_config():\n  open('/nowhere')\n", "cannot be read: [Errno 2]"),
+        ("open('/nowhere')\n", "cannot be read: Failed loading"),
+        ("import nothing_like_it\n", "No module named 'nothing_like_it'"),
+        ("def get_config(:\n", "cannot be read: invalid syntax"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(
+    capsys, tmp_path, monkeypatch, text, words
+):
+    # The library loads a second file over the first, whose functions then stay.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "own.py").write_text(text)
+    error = _fails(capsys, "--config", f"{tmp_path / 'own.py'}")
+    assert f"config file '{tmp_path / 'own.py'}'" in error and words in error
+
+
 def test_a_run_of_which_the_config_is_a_list_is_none(capsys, tmp_path):
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "config.json").write_text("[]")
@@ -124,11 +156,14 @@ def test_help_is_exit_code_0_and_names_the_configs(capsys):
     assert "efrap.py" in capsys.readouterr().out
 
 
-def test_a_shipped_config_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments", [["--config=configs/efrap.py"], ["--config", "configs/efrap.py"]]
+)
+def test_a_shipped_config_is_found_from_any_folder(
+    capsys, tmp_path, monkeypatch, arguments
+):
     monkeypatch.chdir(tmp_path)
-    error = _fails(
-        capsys, "--config=configs/efrap.py", "--config.defense.weight_bits=1"
-    )
+    error = _fails(capsys, *arguments, "--config.defense.weight_bits=1")
     assert "config.defense.weight_bits must be 2 to 8" in error
 
 

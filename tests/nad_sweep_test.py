@@ -58,13 +58,44 @@ def test_the_drawing_puts_a_gain_on_the_better_side():
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--variant=huge", "variant must be"), ("--poison_rates=2", "poison_rate must")],
+    [
+        ("--variant=huge", "variant must be"),
+        ("--poison_rates=2", "poison_rate must"),
+        ("--clean_fractions=0.1,7", "clean_fraction must be in (0, 1], got 7.0"),
+        ("--poison_rates=0.1,0.10000001", "badnets-0.1"),
+        ("--clean_fractions=0.1,0.10000001", "clean-0.1;"),
+        ("--out=.", "--out must be a file, and so its drawing (.svg), got '.'"),
+        ("--out=x.svg", "--out must not end in .svg"),
+        ("--out=/dev/null/o.json", "--out must be in a folder that can be written"),
+    ],
 )
-def test_a_wrong_argument_is_one_line(argument, message, tmp_path, capsys):
-    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
-    assert nad_sweep.main([*paths, argument]) == 2
+def test_a_wrong_argument_is_one_line_before_any_run(
+    argument, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(nad_experiment, "run", lambda *a, **k: 1 / 0)
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path / 'w'}"]
+    assert nad_sweep.main([*paths, "--variant=smoke", argument]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--attacks=,", "must be names of attacks, with commas between them, each"),
+        ("--attacks=sig,sig", "each once, got 'sig,sig'"),
+        ("--poison_rates=0.1,", "must be numbers in (0, 1], with commas"),
+        ("--seeds=x", "must be integers from 0 on, with commas between them, each"),
+        ("--seeds=1,01", "each once, got '1,01'"),
+    ],
+)
+def test_a_list_names_what_it_takes(argument, message, tmp_path, capsys):
+    """Before a result that is there is replaced by one without cells."""
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
+    with pytest.raises(SystemExit) as caught:
+        nad_sweep.main([*paths, argument])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_clean_label_attack_gets_what_its_class_can_give():
@@ -80,7 +111,7 @@ def test_a_clean_label_attack_gets_what_its_class_can_give():
 
 def test_a_sweep_trains_its_own_victims(tmp_path, capsys):
     paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path}"]
-    assert nad_sweep.main([*paths, "--variant=zoo/digits-blend", "--attacks="]) == 2
+    assert nad_sweep.main([*paths, "--variant=zoo/digits-blend"]) == 2
     assert "zoo" in capsys.readouterr().err
 
 

@@ -149,6 +149,26 @@ def test_models_may_be_of_the_same_data_read_otherwise(tmp_path, write):
             pipeline.EarlierRun(config, run)
 
 
+def test_models_are_asked_for_of_seeds_that_are_there(tmp_path):
+    """Before the first of them is worked on, not when the missing one is reached."""
+    earlier = dataclasses.replace(CONFIG, seeds=(0, 1))
+    workdir.Workdir(tmp_path / "earlier", dataclasses.asdict(earlier)).close()
+    config = dataclasses.replace(CONFIG, victim_workdir=str(tmp_path / "earlier"))
+    with contextlib.closing(workdir.Workdir(tmp_path / "run", {})) as run:
+        pipeline.EarlierRun(config, run)
+        more = dataclasses.replace(config, seeds=(0, 2))
+        with pytest.raises(errors.InputError, match=r"of 0, 1, those .*got \(0, 2\)"):
+            pipeline.EarlierRun(more, run)
+
+
+def test_a_share_at_its_limit_keeps_it():
+    """Whatever the last bit of a difference is; one image more is too many."""
+    assert 0.856 - 0.846 > 0.01 and pipeline.at_most(0.856 - 0.846, 0.01)
+    assert pipeline.at_most(np.float64(0.25), 0.25) is True
+    assert not pipeline.at_most(0.01 + 1e-8, 0.01)
+    assert not pipeline.at_most(float("nan"), 0.01)
+
+
 def test_a_run_goes_on_with_the_victims_it_began_with(tmp_path):
     """Else its finished stages would be beside rows of others."""
     like = np.zeros(2)

@@ -212,14 +212,14 @@ def test_what_cannot_be_judged_is_exit_code_2_and_one_line(
     ],
 )
 def test_each_limit_rejects_alone(broken, changes):
-    """At the limit itself a model still passes."""
+    """At the limit itself a model still passes, though 0.7 - 0.69 > 0.01."""
     values = {"acc": 0.69, "asr": 0.06, "drift": 0.1, "agreement": 0.995, **changes}
 
     def row(acc, asr):
         return schema.Row("x", "given", 0, 8, 8, acc, asr, None, 100, 100, 0.0, 0.0)
 
     claims = vet_experiment._verdict(
-        settings.VerdictSettings(max_accuracy_loss=0.0101),
+        settings.VerdictSettings(),
         row(0.7, 1.0),
         row(values["acc"], values["asr"]),
         values["drift"],
