@@ -68,9 +68,9 @@ def test_one_failed_check_rejects_alone(changes, fails):
 
 
 def test_an_attack_may_cost_what_it_may():
-    """0.856 - 0.836 is a little above 0.02."""
+    """Of 10,000 images 200, though 0.5016 - 0.02 > 0.4816."""
     facts = accept(
-        clean=row("float", "clean", 0.856, 0.01), backdoored=row("float", acc=0.836)
+        clean=row("float", "clean", 0.5016, 0.01), backdoored=row("float", acc=0.4816)
     )
     assert facts["accurate"]
 
