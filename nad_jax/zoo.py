@@ -239,6 +239,7 @@ def add(
             settings.NadSettings({"stage1": 0.0}),
             clean_model_rows=(),
         ),
+        seeds=(seed,),
         # Where the run had it from, if it has not trained it.
         victim_workdir=report["config"].get("victim_workdir") or str(workdir),
     )
