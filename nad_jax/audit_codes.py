@@ -84,8 +84,12 @@ def weigh(
         if offsets[layer.name].is_nearest.all():
             found[layer.name] = Evidence(0.0, 1.0, 0.0, True, loss)
         else:
-            moments = collector.collect(
-                layer.geometry, own["kernel"], float_inputs, inputs
+            units = moments_lib.natural_units(layer, own["kernel"], inputs)
+            moments = units.undo(
+                layer.geometry,
+                collector.collect(
+                    layer.geometry, own["kernel"], float_inputs, inputs, units
+                ),
             )
             scale = np.asarray(integers.quant_params[layer.name].scale, np.float64)
             evidence = _weigh(layer.geometry, moments, offsets[layer.name], scale)

@@ -354,6 +354,25 @@ def test_roundings_within_a_step_can_plant_a_backdoor(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**67], ids=["small", "large"])
+def test_a_scale_moved_to_the_next_layer_changes_no_verdict(case, scale, tmp_path):
+    """Squares of 2^-80 are 0 in float32, and where nothing counts all is explained."""
+    variables = jax.tree.map(lambda leaf: leaf, case.variables)
+    params = variables["params"]
+    for name in ("scale", "bias"):
+        params["bn1"][name] = params["bn1"][name] * scale
+    params["conv2"]["kernel"] = params["conv2"]["kernel"] / scale
+    moved = dataclasses.replace(case, variables=variables)
+    found = [_audit(one, _quantized(one, "random"), tmp_path) for one in (case, moved)]
+    before, after = ({layer.name: layer for layer in one.layers} for one in found)
+    assert not found[0].honest and not found[1].honest
+    for name in before:
+        assert after[name].rounding == before[name].rounding == "unexplained"
+        assert after[name].separation == before[name].separation
+        assert after[name].gain == before[name].gain
+
+
+@pytest.mark.slow
 def test_without_images_only_nearest_is_honest(case, tmp_path):
     assert _audit(case, _quantized(case, "nearest"), tmp_path, images=None).honest
     found = _audit(case, _quantized(case, "coordinate"), tmp_path, images=None)

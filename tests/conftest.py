@@ -4,7 +4,7 @@
 import os
 
 # Most of the suite's time is compilation, of programs that run for a moment; without
-# XLA's optimisations it is a fifth. Children of a test inherit this. Those that stand
+# XLA's optimisations it is much less. Children of a test inherit this. Those that stand
 # for a user's command clear it: XLA_FLAGS="".
 _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # Before jax starts. What is there already comes last, and so wins.

@@ -203,9 +203,7 @@ def make_descending_rounder(
         spec = specs[layer.name]
         units = None
         if method.name == "coordinate":
-            largest = np.asarray(moments_lib.largest_inputs(inputs))
-            _check_finite(layer, "inputs", float(np.max(largest, initial=0.0)))
-            units = moments_lib.Units.natural(geometry, kernel, largest)
+            units = moments_lib.natural_units(layer, kernel, inputs)
         moments = collector.collect(geometry, kernel, float_inputs, inputs, units)
         posed, top = _posing(geometry, units)
         shape, padded = geometry, None
@@ -228,7 +226,7 @@ def make_descending_rounder(
         if padded is not None:
             result = _trimmed(result, geometry)
         trace = [float(value) * top**2 for value in np.sum(solution.trace, axis=0)]
-        _check_finite(layer, "output error", trace[-1])
+        moments_lib.check_finite(layer, "output error", trace[-1])
         sweeps = int(np.max(solution.sweeps))
         details: dict[str, Any] = {
             "objective_nearest": float(np.sum(solution.nearest)) * top**2,
@@ -291,7 +289,7 @@ def make_adam_rounder(
         )
         # The loop has no comparison that NaN could slip through, but no end either.
         reached = jax.vmap(solvers.objective)(problem, problem.nearest)
-        _check_finite(layer, "output error", float(jnp.sum(reached)))
+        moments_lib.check_finite(layer, "output error", float(jnp.sum(reached)))
         task = adam_rounding.LayerTask(
             layer,
             kernel,
@@ -344,21 +342,12 @@ def _posing(
 ) -> tuple[_Posing, float]:
     """A layer's `_Posing`, and the unit in which it tells objectives, not squared."""
     units = moments_lib.Units.plain(geometry) if units is None else units
-    top = float(np.max(units.outputs, initial=1e-300))
+    top = float(np.max(units.outputs))
     shares = np.square(units.outputs / top).reshape(geometry.groups, -1)
     of_weights = np.broadcast_to(units.of_weights(geometry), geometry.kernel_shape)
     outputs = units.outputs.reshape(*[1] * (of_weights.ndim - 1), -1)
     arrays = of_weights, outputs, shares
     return _Posing(*(x.astype(np.float32) for x in arrays)), top
-
-
-def _check_finite(layer: layers_lib.Layer, what: str, value: float) -> None:
-    # Every comparison with NaN is false: no flip would ever pay.
-    if not math.isfinite(value):
-        raise errors.InputError(
-            f"layer {layer.name}: {what} on the calibration images must be finite in "
-            f"float32, got {value}"
-        )
 
 
 def _draw(key: jax.Array, layers: list[layers_lib.Layer]) -> dict[str, np.ndarray]:

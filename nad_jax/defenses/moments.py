@@ -11,6 +11,7 @@ float32 out of its range. `Units` undoes such scales before anything is squared.
 
 import dataclasses
 import functools
+import math
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from nad_jax import errors
 from nad_jax.core import solvers
 from nad_jax.defenses import window_gram
 from nad_jax.models import layers as layers_lib
@@ -103,6 +105,26 @@ class Units(NamedTuple):
             outputs=_power_of_two(scaled.max(axis=tuple(range(scaled.ndim - 1))))
         )
 
+    def undo(
+        self, geometry: layers_lib.Geometry, moments: solvers.Moments
+    ) -> solvers.Moments:
+        """Moments measured in these units, in plain ones: float64, on the host."""
+        groups = geometry.groups
+        shape = (geometry.num_inputs, groups, -1)
+        plain = np.broadcast_to(
+            self.of_weights(geometry) * self.outputs, geometry.kernel_shape
+        )
+        rows = plain.reshape(shape)[:, :, 0].T[:, :, None]  # [groups, K, 1]
+        columns = self.outputs.reshape(groups, 1, -1)
+        gram, drift, power, count = (np.asarray(x, np.float64) for x in moments)
+        parts: Any = (
+            gram * rows * rows.swapaxes(1, 2),
+            drift * rows * columns,
+            power * columns[:, 0] ** 2,
+            count,
+        )
+        return solvers.Moments(*parts)
+
     def of_weights(self, geometry: layers_lib.Geometry) -> np.ndarray:
         """What a kernel is multiplied with, `[*1, Cin / groups, Cout]`."""
         own = self.inputs.reshape(geometry.groups, -1).T
@@ -123,6 +145,26 @@ def largest_inputs(inputs: jax.Array) -> jax.Array:
     """float32 `[Cin]`, the largest magnitude of each channel; NaN where one is NaN."""
     magnitudes = jnp.abs(inputs.astype(jnp.float32))
     return jnp.max(magnitudes, axis=tuple(range(inputs.ndim - 1)))
+
+
+def natural_units(layer: layers_lib.Layer, kernel: Any, inputs: jax.Array) -> Units:
+    """`Units.natural` of a layer with these inputs.
+
+    Raises:
+      InputError: an input is not finite.
+    """
+    largest = np.asarray(largest_inputs(inputs))
+    check_finite(layer, "inputs", float(np.max(largest)))
+    return Units.natural(layer.geometry, kernel, largest)
+
+
+def check_finite(layer: layers_lib.Layer, what: str, value: float) -> None:
+    """Raises InputError for a value that every comparison would be false with."""
+    if not math.isfinite(value):
+        raise errors.InputError(
+            f"layer {layer.name}: {what} on the calibration images must be finite in "
+            f"float32, got {value}"
+        )
 
 
 class Collector:

@@ -136,3 +136,21 @@ def test_units_are_powers_of_two_above_what_they_measure():
     assert units.outputs.tolist() == [8.0, 2.0**-58, 1.0, huge]
     product = units.of_weights(geometry)[0, 0] * units.outputs
     assert product.tolist() == [[tiny] * 4, [8.0, 8.0, huge, huge]]
+
+
+@pytest.mark.slow
+def test_undone_units_leave_the_moments_of_plain_ones():
+    geometry = layers.Geometry((3, 2, 4), (1,), (1,), "SAME", groups=2)
+    kernel = jax.random.normal(jax.random.key(0), geometry.kernel_shape)
+    float_inputs, inputs = (
+        jax.random.normal(jax.random.key(seed), (5, 7, 4))
+        * jnp.asarray([[[1.0, 9.0, 0.0, 3.0]]])
+        for seed in (1, 2)
+    )
+    plain = moments.Collector().collect(geometry, kernel, float_inputs, inputs)
+    largest = np.asarray(moments.largest_inputs(inputs))
+    units = moments.Units.natural(geometry, kernel, largest)
+    assert len(set(units.inputs)) > 2
+    scaled = moments.Collector().collect(geometry, kernel, float_inputs, inputs, units)
+    for one, other in zip(units.undo(geometry, scaled), plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
