@@ -169,7 +169,7 @@ def run(
             shipped=shipped,
             layers=scene.layers,
             image_shape=scene.train.images.shape[1:],
-            floats=name_maps.to_torch(repaired, converted.names),
+            floats=name_maps.as_found(repaired, converted.names),
         )
     with workdir.timed("run the export"):
         counts, agreement = vet_export.run(

@@ -33,7 +33,7 @@ def files(tmp_path_factory):
     leaves = arch_match._expected(model, (8, 8, 3), torch_names)
     names = {name: leaf.paths for name, leaf in leaves.items()}
     safetensors_file.write_safetensors(
-        folder / "float", name_maps.to_torch(variables, names)
+        folder / "float", name_maps.as_found(variables, names)
     )
     result = efrap_lib.efrap(
         model,

@@ -20,7 +20,7 @@ def arrays():
     torch_names = arch_match._module_names({}, "wrn_10_1")
     leaves = arch_match._expected(model, (8, 8, 3), torch_names)
     names = {name: leaf.paths for name, leaf in leaves.items()}
-    return name_maps.to_torch(variables, names)
+    return name_maps.as_found(variables, names)
 
 
 def _run(folder, arrays, *more):

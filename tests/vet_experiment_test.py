@@ -44,7 +44,7 @@ def _write_stranger(path, num_classes):
     torch_names = arch_match._module_names({}, "wrn_10_1")
     leaves = arch_match._expected(model, (8, 8, 3), torch_names)
     names = {name: leaf.paths for name, leaf in leaves.items()}
-    safetensors_file.write_safetensors(path, name_maps.to_torch(variables, names))
+    safetensors_file.write_safetensors(path, name_maps.as_found(variables, names))
     return path
 
 

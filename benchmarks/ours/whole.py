@@ -41,7 +41,7 @@ def erase(channel: protocol.Channel, options: dict) -> None:
         recipe,
         key=jax.random.key(config.seed),
     )
-    arrays = name_maps.to_torch(defended.variables, net.names)
+    arrays = name_maps.as_found(defended.variables, net.names)
     safetensors.numpy.save_file(arrays, folder / "ours_repaired")
     channel.ready(
         file="ours_repaired",
@@ -77,7 +77,7 @@ def efrap(channel: protocol.Channel, options: dict) -> None:
         apply_kwargs={"train": False},
         mesh=sharding.mesh_for_batch(options["images"]),
     )
-    arrays = name_maps.to_torch(result.variables, net.names)
+    arrays = name_maps.as_found(result.variables, net.names)
     safetensors.numpy.save_file(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()},
         folder / "ours_rounded",

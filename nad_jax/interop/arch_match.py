@@ -58,7 +58,7 @@ _COUNTER = ".num_batches_tracked"
 # Channels, classes, positions of tokens. Sizes come from the file and are multiplied
 # before anything compares them with the arrays; far above any classifier, far below an
 # overflow.
-_MAX_SIZE = 2**16
+MAX_SIZE = 2**16
 _NAMED = 3  # Arrays a message names of each kind.
 
 
@@ -79,6 +79,7 @@ class Fit:
 
     arch: str
     model: Any
+    stem: str  # Name of the array from which the width is read.
     leaves: dict[str, Leaf]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
@@ -125,7 +126,7 @@ def _few(items: list[str]) -> str:
 def choose(arrays: Mapping[str, np.ndarray], arch: str | None) -> Fit:
     """The fit of `arch`, or of the only architecture that fits; else a `Refusal`."""
     if arch is not None:
-        _check_arch(arch)
+        check_arch(arch, _FAMILIES, _ACCEPTED)
     if reason := foreign_kind(arrays):
         raise Refusal(reason)
     if arch is None:
@@ -171,19 +172,18 @@ def _listed(arrays: Mapping[str, np.ndarray]) -> str:
     return _few([f"{shown(name)} {_shape(arrays[name])}" for name in arrays])
 
 
-def _check_arch(arch: str) -> None:
+def check_arch(arch: str, prefixes: tuple[str, ...], accepted: str) -> None:
+    """`Refusal` unless `arch` is one that can be built and begins as some of them."""
     try:
         model = models.build(arch, num_classes=1)
     except errors.InputError:
         known = False
     else:
         # Shapes are computed before they are compared, so they must not overflow.
-        known = getattr(model, "widen_factor", 1) <= _MAX_SIZE
-        known = known and arch.startswith(_FAMILIES)
+        known = getattr(model, "widen_factor", 1) <= MAX_SIZE
+        known = known and arch.startswith(prefixes)
     if not known:
-        raise Refusal(
-            f"arch {shown(arch)} cannot be imported; accepted are {_ACCEPTED}"
-        )
+        raise Refusal(f"arch {shown(arch)} cannot be imported; accepted are {accepted}")
 
 
 def foreign_kind(arrays: Mapping[str, np.ndarray]) -> str | None:
@@ -192,8 +192,6 @@ def foreign_kind(arrays: Mapping[str, np.ndarray]) -> str | None:
         return "no arrays; expected a PyTorch state dict"
     for name, array in arrays.items():
         first = f"it has {shown(name)} {_shape(array)}"
-        if "/" in name:
-            return f"{first}, a Flax name; expected PyTorch's, such as 'conv1.weight'"
         if _BOTTLENECK.match(name) and not _has_imagenet_stem(arrays):
             return (
                 f"{first}: a bottleneck ResNet without torchvision's 7x7 stem; "
@@ -229,12 +227,12 @@ def nearest_fits(arrays: Mapping[str, np.ndarray]) -> list[Fit]:
 
 
 def _candidates(arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-    layers = _blocks_per_group(arrays, r"block(\d+)\.layer\.(\d+)\.")
+    layers = blocks_per_group(arrays, r"block(\d+)\.layer\.(\d+)\.")
     if layers:
         depths = [int(arch.split("_")[1]) for arch in ARCHS if arch.startswith("wrn_")]
         depth = min(depths, key=lambda depth: abs((depth - 4) // 6 - max(layers)))
         yield f"wrn_{depth}_{_widen_factor(arrays)}"
-    layers = _blocks_per_group(arrays, r"layer(\d+)\.(\d+)\.")
+    layers = blocks_per_group(arrays, r"layer(\d+)\.(\d+)\.")
     families = ("resnet_", "preact_resnet_")
     if _has_imagenet_stem(arrays):
         families = ("imagenet_resnet_",)
@@ -244,14 +242,19 @@ def _candidates(arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
             for arch in ARCHS
             if arch.startswith(family)
         }
-        yield min(nets, key=lambda arch: _distance(nets[arch], layers, arrays))
+        bottleneck = any(_BOTTLENECK.match(name) for name in arrays)
+        yield min(
+            nets,
+            key=lambda arch: (
+                getattr(nets[arch], "bottleneck", False) != bottleneck,
+                block_distance(nets[arch], layers),
+            ),
+        )
     if any(_TRANSFORMER.match(name) for name in arrays):
         yield "vit_b_16"
 
 
-def _blocks_per_group(
-    arrays: Mapping[str, np.ndarray], pattern: str
-) -> tuple[int, ...]:
+def blocks_per_group(arrays: Mapping[str, np.ndarray], pattern: str) -> tuple[int, ...]:
     """(2, 2, 2) for three groups of two blocks; `pattern` finds both numbers."""
     blocks: dict[str, set[str]] = {}
     for name in arrays:
@@ -260,16 +263,12 @@ def _blocks_per_group(
     return tuple(len(blocks[group]) for group in sorted(blocks))
 
 
-def _distance(
-    net: Any, layers: tuple[int, ...], names: Iterable[str]
-) -> tuple[int, ...]:
-    """How far a net's blocks are from those of a file; the first number weighs most."""
-    bottleneck = any(_BOTTLENECK.match(name) for name in names)
+def block_distance(net: Any, blocks: tuple[int, ...]) -> tuple[int, int]:
+    """How far a net's blocks are from those of a file; the first number weighs more."""
     sizes = net.stage_sizes
     return (
-        getattr(net, "bottleneck", False) != bottleneck,
-        abs(len(sizes) - len(layers)),
-        sum(abs(a - b) for a, b in zip(sizes, layers, strict=False)),
+        abs(len(sizes) - len(blocks)),
+        sum(abs(a - b) for a, b in zip(sizes, blocks, strict=False)),
     )
 
 
@@ -278,7 +277,7 @@ def _widen_factor(arrays: Mapping[str, np.ndarray]) -> int:
     stem = arrays.get("conv1.weight")
     if first is None or stem is None or not first.ndim or not stem.ndim:
         return 1
-    return min(max(1, first.shape[0] // max(1, stem.shape[0])), _MAX_SIZE)
+    return min(max(1, first.shape[0] // max(1, stem.shape[0])), MAX_SIZE)
 
 
 # What the architecture expects ---------------------------------------------------
@@ -288,50 +287,83 @@ def _fit(arrays: Mapping[str, np.ndarray], arch: str) -> Fit:
     """Compares names and shapes; `Refusal` if stem or classifier are not usable."""
     names = _module_names(arrays, arch)
     default = models.build(arch, num_classes=1)
-    channels, inputs = _sizes(arrays, *_stem(arch))
-    classes, _ = _sizes(arrays, f"{names['fc']}.weight", "classes, inputs")
-    widest = channels * getattr(default, "widen_factor", 1)
-    if widest > _MAX_SIZE:
-        raise Refusal(f"{widest} channels; at most {_MAX_SIZE} are accepted")
-    if arch.startswith("vit_"):
-        published, side = default.dim, _image_side(arrays, default)
-        if channels % default.head_dim:
-            raise Refusal(
-                f"{channels} channels a token; accepted are multiples of "
-                f"{default.head_dim}, the channels of an attention head"
-            )
-    else:
-        # The published stems; powers of two, so the channels come out exactly.
-        published = 64 if len(getattr(default, "stage_sizes", ())) == 4 else 16
-        side = 8  # Any size will do.
-    model = models.build(arch, num_classes=classes, width=channels / published)
+    channels, inputs, *_ = sizes(arrays, *_stem(arch))
+    classes, _ = sizes(arrays, f"{names['fc']}.weight", "classes, inputs")
+    width = width_of(default, channels)
+    # A convolutional net takes any size.
+    side = (
+        image_side(arrays, _LEAVES["position_embedding"], default)
+        if arch.startswith("vit_")
+        else 8
+    )
+    model = models.build(arch, num_classes=classes, width=width)
     leaves = _expected(model, (side, side, inputs), names)
     counters = {
         name.removesuffix(".running_var") + _COUNTER
         for name in leaves
         if name.endswith(".running_var")
     }
+    return compare(
+        {
+            name: array
+            for name, array in arrays.items()
+            if name not in counters or array.size != 1
+        },
+        arch,
+        model,
+        leaves,
+        stem=_stem(arch)[0],
+    )
+
+
+def width_of(default: Any, channels: int) -> float:
+    """The factor `width` of a model whose stem has so many channels.
+
+    Raises:
+      Refusal: too many, or no whole number of attention heads.
+    """
+    widest = channels * getattr(default, "widen_factor", 1)
+    if widest > MAX_SIZE:
+        raise Refusal(f"{widest} channels; at most {MAX_SIZE} are accepted")
+    if not hasattr(default, "dim"):
+        # The published stems; powers of two, so the channels come out exactly.
+        return channels / (64 if len(getattr(default, "stage_sizes", ())) == 4 else 16)
+    if hasattr(default, "head_dim"):
+        if channels % default.head_dim:
+            raise Refusal(
+                f"{channels} channels a token; accepted are multiples of "
+                f"{default.head_dim}, the channels of an attention head"
+            )
+    elif channels % default.heads:
+        raise Refusal(
+            f"{channels} channels a token; accepted are multiples of the "
+            f"{default.heads} attention heads"
+        )
+    return channels / default.dim
+
+
+def compare(
+    arrays: Mapping[str, np.ndarray],
+    arch: str,
+    model: Any,
+    leaves: dict[str, Leaf],
+    *,
+    stem: str,
+) -> Fit:
+    """Names and shapes of the arrays held against those that the model needs."""
     return Fit(
         arch=arch,
         model=model,
+        stem=stem,
         leaves=leaves,
         missing=tuple(name for name in leaves if name not in arrays),
-        extra=tuple(
-            name
-            for name, array in arrays.items()
-            if name not in leaves and not (name in counters and array.size == 1)
-        ),
+        extra=tuple(name for name in arrays if name not in leaves),
         misshaped=tuple(
             name
             for name, leaf in leaves.items()
             if name in arrays and arrays[name].shape != leaf.shape
         ),
     )
-
-
-def stem_name(arch: str) -> str:
-    """Name of the array from which the width of an architecture is read."""
-    return _stem(arch)[0]
 
 
 def _stem(arch: str) -> tuple[str, str]:
@@ -342,10 +374,9 @@ def _stem(arch: str) -> tuple[str, str]:
     return "conv1.weight", f"channels, inputs, {size}, {size}"
 
 
-def _image_side(arrays: Mapping[str, np.ndarray], net: Any) -> int:
-    """Pixels on a side of the images that a vision transformer was made for."""
-    name = _LEAVES["position_embedding"]
-    _, positions = _sizes(arrays, name, "1, 1 + patches, channels")
+def image_side(arrays: Mapping[str, np.ndarray], name: str, net: Any) -> int:
+    """Pixels on a side of the images that a net with a class token was made for."""
+    _, positions, _ = sizes(arrays, name, "1, 1 + patches, channels")
     side = math.isqrt(positions - 1)
     if not side or positions != 1 + side**2:
         raise Refusal(
@@ -384,8 +415,8 @@ def says_downsample(arrays: Iterable[str]) -> bool:
     return any(".downsample." in name for name in arrays)
 
 
-def _sizes(arrays: Mapping[str, np.ndarray], name: str, axes: str) -> tuple[int, int]:
-    """The first two sizes of an array that has the axes named."""
+def sizes(arrays: Mapping[str, np.ndarray], name: str, axes: str) -> tuple[int, ...]:
+    """Sizes of an array that has the axes named, bounded."""
     if name not in arrays:
         raise Refusal(
             f"{name!r} [{axes}] is missing; there are {len(arrays)} arrays: "
@@ -393,12 +424,12 @@ def _sizes(arrays: Mapping[str, np.ndarray], name: str, axes: str) -> tuple[int,
         )
     shape = arrays[name].shape
     if len(shape) != axes.count(",") + 1 or not all(
-        1 <= size <= _MAX_SIZE for size in shape
+        1 <= size <= MAX_SIZE for size in shape
     ):
         raise Refusal(
-            f"{name!r} is {list(shape)}, expected [{axes}], each 1 to {_MAX_SIZE}"
+            f"{name!r} is {list(shape)}, expected [{axes}], each 1 to {MAX_SIZE}"
         )
-    return shape[0], shape[1]
+    return shape
 
 
 def _expected(
@@ -406,7 +437,7 @@ def _expected(
 ) -> dict[str, Leaf]:
     """Every leaf of the model by PyTorch's name; weights first, then statistics."""
     leaves: dict[str, Leaf] = {}
-    for path, shape in _traced(model, image_shape):
+    for path, shape in traced(model, image_shape):
         modules = [names.get(part, _block_name(part)) for part in path[1:-1]]
         name = ".".join([*modules, _LEAVES[path[-1]]])
         # Parameters of the attention itself, not of a module of that name.
@@ -421,7 +452,7 @@ def _expected(
 
 # A refusal looks at the same few models twice: as the one asked for, as the nearest.
 @functools.lru_cache(maxsize=8)
-def _traced(
+def traced(
     model: Any, image_shape: tuple[int, int, int]
 ) -> tuple[tuple[Path, tuple[int, ...]], ...]:
     """Path and shape of every leaf, without arithmetic; parameters come first."""

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch state dicts of image classifiers as variables of this package's models.
+"""State dicts of image classifiers as variables of this package's models.
+
+PyTorch's names and layouts:
 
     wrn_D_K               NAD's code and checkpoints: block2.layer.0.convShortcut, fc
     resnet_18, _34        kuangliu's CIFAR collection: layer2.0.shortcut.0/1, linear
@@ -17,6 +19,8 @@ filled by its leaves (one; for a transformer's `in_proj_weight` and `_bias` the 
 query, key and value), or the file is refused. Refused with a reason: bottleneck blocks
 behind a 3x3 stem, deeper or wider bottleneck nets, other vision transformers (timm's
 names, other patch sizes or depths), a last BatchNorm the model does not have.
+
+Names with slashes are paths of Flax variables of any model here, `flax_match`.
 
 Three things that change the logits leave no trace in the weights and are the caller's
 to know; `Converted.notes` repeats those that apply:
@@ -36,10 +40,12 @@ import jax
 import numpy as np
 
 from nad_jax import errors
-from nad_jax.interop import arch_match, stored_array
+from nad_jax.interop import arch_match, flax_match, stored_array
 from nad_jax.interop.bounded_file import Refusal, shown
 
 ARCHS = arch_match.ARCHS
+# Axes by rank, of arrays that have Flax's layout already.
+_FLAX = {rank: tuple(range(rank)) for rank in range(1, 5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +80,17 @@ def convert(
     *,
     source: str | None = None,
 ) -> Converted:
-    """The model whose PyTorch state dict is `arrays`.
+    """The model whose state dict, or whose variables by name, are `arrays`.
 
     Evaluation gives the same logits as PyTorch's up to rounding, for images prepared
     as the original expects them.
 
     Args:
-      arrays: name -> array in PyTorch's layout, as `reader.read_checkpoint` returns
-        them; float16, bfloat16 and float64 become float32. BatchNorm's
-        "num_batches_tracked" may be there or not and is ignored.
-      arch: one of `ARCHS` or another `wrn_D_K`; None finds it by names and shapes.
+      arrays: name -> array in PyTorch's layout, or path -> array in Flax's, as
+        `reader.read_checkpoint` returns them; float16, bfloat16 and float64 become
+        float32. BatchNorm's "num_batches_tracked" may be there or not and is ignored.
+      arch: one of `ARCHS` or another `wrn_D_K` (for variables of Flax any model);
+        None finds it by names and shapes.
       source: what error messages begin with, such as the path of the file.
 
     Raises:
@@ -93,7 +100,8 @@ def convert(
         infinity in float32, a negative running variance).
     """
     try:
-        fit = arch_match.choose(arrays, arch)
+        match = flax_match if flax_match.are_flax(arrays) else arch_match
+        fit = match.choose(arrays, arch)
         tree, dtypes = _filled(arrays, fit.leaves)
     except Refusal as refusal:
         label = "state dict" if source is None else shown(source, 200)
@@ -109,10 +117,10 @@ def convert(
     )
 
 
-def to_torch(
+def as_found(
     variables: Mapping[str, Any], names: Mapping[str, tuple[arch_match.Path, ...]]
 ) -> dict[str, np.ndarray]:
-    """The way back: a state dict from variables of a converted model.
+    """The way back: variables of a converted model as the file had them.
 
     Args:
       variables: of the tree structure of `Converted.variables`, for example after a
@@ -120,21 +128,24 @@ def to_torch(
       names: `Converted.names`.
 
     Returns:
-      Name -> float32 array in PyTorch's layout, without "num_batches_tracked".
+      Name -> float32 array in the file's layout, without what `convert` ignores.
     """
     arrays = {}
     for name, paths in names.items():
-        parts = [_in_torch_order(variables, path) for path in paths]
+        axes = _FLAX if flax_match.are_flax([name]) else arch_match.TO_TORCH
+        parts = [_reordered(variables, path, axes) for path in paths]
         # Concatenation alone keeps the order that the parts have in memory.
         arrays[name] = np.array(np.concatenate(parts), order="C")
     return arrays
 
 
-def _in_torch_order(variables: Any, path: arch_match.Path) -> np.ndarray:
+def _reordered(
+    variables: Any, path: arch_match.Path, axes: Mapping[int, tuple[int, ...]]
+) -> np.ndarray:
     for key in path:
         variables = variables[key]
     array = np.asarray(variables)
-    return array.transpose(arch_match.TO_TORCH[array.ndim])
+    return array.transpose(axes[array.ndim])
 
 
 # Values --------------------------------------------------------------------------
@@ -144,6 +155,7 @@ def _filled(
     arrays: Mapping[str, np.ndarray], leaves: Mapping[str, arch_match.Leaf]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The tree of variables, and how many arrays had each dtype but float32."""
+    axes = _FLAX if flax_match.are_flax(arrays) else arch_match.TO_FLAX
     tree: dict[str, Any] = {}
     dtypes: dict[str, int] = {}
     for name, leaf in leaves.items():
@@ -151,7 +163,7 @@ def _filled(
         if array.dtype.newbyteorder("=") != np.float32:
             dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + 1
         # What PyTorch stacks along the outputs has them last here.
-        parts = np.split(_value(name, array), len(leaf.paths), axis=-1)
+        parts = np.split(_value(name, array, axes), len(leaf.paths), axis=-1)
         for path, part in zip(leaf.paths, parts, strict=True):
             branch = tree
             for key in path[:-1]:
@@ -160,7 +172,9 @@ def _filled(
     return tree, dtypes
 
 
-def _value(name: str, array: np.ndarray) -> np.ndarray:
+def _value(
+    name: str, array: np.ndarray, axes: Mapping[int, tuple[int, ...]]
+) -> np.ndarray:
     """A checked float32 copy in Flax's layout; a copy, as JAX may keep the memory."""
     if not stored_array.is_floating(array.dtype):
         raise Refusal(
@@ -168,15 +182,13 @@ def _value(name: str, array: np.ndarray) -> np.ndarray:
             "bfloat16 or float64"
         )
     with np.errstate(over="ignore"):
-        value = np.array(
-            array.transpose(arch_match.TO_FLAX[array.ndim]), dtype=np.float32, order="C"
-        )
+        value = np.array(array.transpose(axes[array.ndim]), dtype=np.float32, order="C")
     if bad := stored_array.count_nonfinite(value):
         raise Refusal(
             f"{shown(name)} holds {bad} values of {value.size} that are not finite in "
             "float32"
         )
-    if name.endswith(".running_var") and value.min() < 0:
+    if name.endswith((".running_var", "/var")) and value.min() < 0:
         raise Refusal(
             f"{shown(name)} holds {value.min():g}; a running variance is >= 0"
         )
@@ -193,13 +205,14 @@ def _notes(
     if guessed:
         yield f"{fit.arch} was recognised by names and shapes"
     if fit.model.width != 1.0:
-        stem = arch_match.stem_name(fit.arch)
-        yield f"{fit.model.width:g} of the published channels, read from {stem}"
+        yield f"{fit.model.width:g} of the published channels, read from {fit.stem}"
     for dtype, count in dtypes.items():
         yield f"{count} arrays were {dtype} and are float32 now"
-    counters = len(arrays) - len(fit.leaves)
-    if counters:
-        yield f"{counters} counters num_batches_tracked were ignored"
+    ignored = len(arrays) - len(fit.leaves)
+    if ignored:
+        of_flax = flax_match.are_flax(arrays)
+        kind = "arrays of a trigger" if of_flax else "counters num_batches_tracked"
+        yield f"{ignored} {kind} were ignored"
     if assumption := _assumption(arrays, fit):
         yield (
             f"{assumption} are assumed, as the weights do not say; a net with others "
@@ -213,6 +226,8 @@ def _notes(
 
 def _assumption(arrays: Mapping[str, np.ndarray], fit: arch_match.Fit) -> str | None:
     """What the map takes for granted although nets of the same names differ in it."""
+    if fit.arch == "vit_tiny":
+        return f"{fit.model.heads} attention heads"
     if fit.arch.startswith("vit_"):
         return f"attention heads of {fit.model.head_dim} channels"
     if fit.arch.startswith("imagenet_"):
