@@ -257,7 +257,9 @@ def _quantize_and_evaluate(
             counts = scene.evaluate(net)
         add(name, counts, net, seconds=seconds)
 
-    def add_rounded(name, rounding, net, *, earlier=0.0, flip_rates=None):
+    def add_rounded(
+        name, rounding, net, *, earlier=0.0, flip_rates=None, defense=defense, **extra
+    ):
         """A row by one or several draws; returns the last one's result."""
         draws = defense.stochastic_draws if rounding in roundings.BY_CHANCE else 1
         results, outcomes, seconds = [], [], []
@@ -281,9 +283,8 @@ def _quantize_and_evaluate(
             with workdir.timed("evaluate"):
                 outcomes.append(scene.evaluate(result.variables, result))
             results.append(result)
-        extra = {}
         if draws > 1:
-            extra = {
+            extra |= {
                 "draws": draws,
                 "asr_draws": [outcome["asr"] for outcome in outcomes],
                 "acc_draws": [outcome["acc"] for outcome in outcomes],
@@ -303,10 +304,34 @@ def _quantize_and_evaluate(
         )
         return results[-1]
 
+    def add_chosen(name):
+        choice, seconds = roundings.choose_flip_weight(
+            defense,
+            scene.model,
+            variables,
+            calibration,
+            workdir=workdir,
+            stage=f"flip weight, {model_name}, seed {seed}",
+        )
+        tried = ", ".join(f"{weight:g}" for weight in choice.disagreement)
+        workdir.say(f"flip weight {choice.flip_weight:g}, tried were {tried}")
+        add_rounded(
+            name,
+            "efrap",
+            variables,
+            earlier=seconds,
+            defense=dataclasses.replace(defense, flip_weight=choice.flip_weight),
+            flip_weight=choice.flip_weight,
+            disagreement={f"{w:g}": share for w, share in choice.disagreement.items()},
+        )
+
     add_float("float", variables, seconds=0.0)
     efrap_rates = None
     for name in defense.roundings:
         workdir.check_stop()
+        if name == "efrap_chosen":
+            add_chosen(name)
+            continue
         result = add_rounded(name, name, variables, flip_rates=efrap_rates)
         if name == "efrap":
             efrap_rates = {

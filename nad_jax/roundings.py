@@ -17,7 +17,7 @@ from nad_jax.attacks import triggers
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
-from nad_jax.defenses import layer_rounding, quantized_module
+from nad_jax.defenses import flip_weight_choice, layer_rounding, quantized_module
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import evaluation, sharding
 
@@ -179,10 +179,7 @@ def quantize(
     }
     method, adam = arguments["method"], _adam(defense, name)
     options = {
-        "flip_form": defense.flip_form,
-        "flip_unit": defense.flip_unit,
-        "max_sweeps": defense.max_sweeps,
-        "starts": defense.starts,
+        **_descent(defense),
         "flip_weight_path": _path(defense, name),
         "adam": adam,
     }
@@ -228,6 +225,63 @@ def quantize(
         results.append(run(finished=solved))
     # Taken out, since the caller adds them up by rounding.
     return results[0], workdir.seconds.pop(folder)
+
+
+def choose_flip_weight(
+    defense: settings.EfrapSettings,
+    model: Any,
+    variables: Any,
+    images: jax.Array,
+    *,
+    workdir: workdir_lib.Workdir,
+    stage: str,
+) -> tuple[flip_weight_choice.Choice, float]:
+    """The flip weight for the rounding "efrap", and the seconds that took.
+
+    By clean images alone, see `flip_weight_choice`; a stage of the workdir.
+
+    Args:
+      defense: The grid, and how layers are solved.
+      model: Of `nad_jax.models`.
+      variables: Its float variables.
+      images: Calibration images, half of which are held out.
+      workdir: Keeps the choice.
+      stage: Its name there.
+    """
+    notes: dict[str, Any] = {}
+
+    def choose():
+        choice = flip_weight_choice.choose_flip_weight(
+            model,
+            variables,
+            images,
+            weight_bits=defense.weight_bits,
+            act_bits=defense.act_bits,
+            grid=defense.grid.grid(),
+            **_descent(defense),
+            fold_batch_norm=defense.fold_batch_norm,
+            quantize_sums=defense.quantize_sums,
+            apply_kwargs=EVAL,
+        )
+        # JSON has no numbers for keys.
+        notes["tried"] = [list(pair) for pair in choice.disagreement.items()]
+        return np.float64(choice.flip_weight)
+
+    folder = workdir_lib.folder_name(stage)
+    chosen = workdir.stage(folder, np.float64(0), choose, notes)
+    tried = {float(weight): float(share) for weight, share in notes["tried"]}
+    choice = flip_weight_choice.Choice(float(chosen), tried)
+    return choice, workdir.seconds.pop(folder)
+
+
+def _descent(defense: settings.EfrapSettings) -> dict[str, Any]:
+    """How coordinate descent solves a layer, but for the flip weight."""
+    return {
+        "flip_form": defense.flip_form,
+        "flip_unit": defense.flip_unit,
+        "max_sweeps": defense.max_sweeps,
+        "starts": defense.starts,
+    }
 
 
 def _path(defense: settings.EfrapSettings, name: str) -> tuple[float, ...]:

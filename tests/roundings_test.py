@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The defender's images: a few of many, in no order."""
 
+import contextlib
 import types
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from nad_jax import roundings, settings
+from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
+from nad_jax.defenses import flip_weight_choice
 
 COUNT = 40
 
@@ -56,3 +59,30 @@ def test_codes_of_different_seeds_are_different_stages():
                 stage=f"efrap, clean, seed {seed}",
             )
     assert folders == ["efrap-clean-seed-1", "efrap-clean-seed--1"]
+
+
+def test_a_chosen_flip_weight_is_of_the_defence_and_kept(tmp_path, monkeypatch):
+    asked = []
+
+    def choose(model, variables, images, **arguments):
+        asked.append(arguments)
+        return flip_weight_choice.Choice(0.03, {0.0: 0.25, 0.03: 0.5})
+
+    monkeypatch.setattr(flip_weight_choice, "choose_flip_weight", choose)
+    defense = settings.EfrapSettings(
+        weight_bits=3, flip_unit="step", starts=("feedback",), fold_batch_norm=True
+    )
+    for _ in range(2):
+        with contextlib.closing(workdir_lib.Workdir(tmp_path, {})) as workdir:
+            choice, seconds = roundings.choose_flip_weight(
+                defense,
+                None,
+                None,
+                np.zeros((4, 2, 2, 1), np.float32),
+                workdir=workdir,
+                stage="flip weight, clean, seed 0",
+            )
+        assert choice == (0.03, {0.0: 0.25, 0.03: 0.5}) and seconds >= 0
+    (arguments,) = asked
+    assert arguments["weight_bits"] == 3 and arguments["flip_unit"] == "step"
+    assert arguments["starts"] == ("feedback",) and arguments["fold_batch_norm"]

@@ -49,11 +49,11 @@ def test_published_recipes_are_valid_and_others_have_none(attack):
         _config(variant="authors+outlier")
 
 
-def test_controls_are_every_rounding_but_the_loops_and_two_repairs():
+def test_controls_are_every_rounding_but_the_dear_ones_and_two_repairs():
     for change in ("vit", "cifar10", "smoke"):
         config = _read(_config(variant=f"controls+{change}"))
-        loops = {"adam", "adaround"}
-        assert set(config.defense.roundings) == set(settings.ROUNDINGS) - loops
+        dear = {"adam", "adaround", "efrap_chosen"}
+        assert set(config.defense.roundings) == set(settings.ROUNDINGS) - dear
         assert config.repairs.rows == ("fine_tuning", "nad")
 
 

@@ -81,6 +81,10 @@ _KINDS = {
         "EFRAP",
         "defence: keeps each layer's output and moves weights away from the nearest",
     ),
+    "efrap_chosen": (
+        "EFRAP, chosen",
+        "defence: EFRAP with the flip weight that held-out clean images can afford",
+    ),
     "fine_tuning": (
         "Fine-tuning",
         "control: training on the clean images without the attention term",

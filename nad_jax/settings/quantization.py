@@ -28,6 +28,7 @@ ROUNDINGS = (
     "adaround",
     "reconstruction",
     "efrap",
+    "efrap_chosen",
     "adam",
 )
 # Far above where every weight flips that can; a sum of such prices is still finite.
