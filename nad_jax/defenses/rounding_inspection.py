@@ -18,6 +18,7 @@ rounding errors small shows no ties.
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ TIE_LIMIT, DRIFT_LIMIT, OUTLIER_LIMIT = 1.05, 1.5, 60.0
 _TIE_DEVIATIONS = 4.0
 # A number that JSON can hold stands for all that is larger, infinity included.
 _MOST_OUTLIER_RATIO = 1e6
+# One alone scatters too much to compare anything with.
+_CHANCE_DRAWS = 5
 # Share of images below which a drift is not told from none.
 _LEAST_DRIFT = 0.02
 
@@ -72,7 +75,7 @@ class Inspection:
     tie_ratio: Weights near ties over those expected, whole model; 1 is unsuspicious.
     outlier_ratio: The largest of any layer.
     drift: Share of clean images that nearest rounding calls otherwise.
-    drift_by_chance: The same for one stochastic rounding.
+    drift_by_chance: The same for stochastic rounding, mean over five draws.
     """
 
     layers: tuple[LayerInspection, ...]
@@ -128,7 +131,7 @@ def inspect(
       InputError: as `efrap`.
     """
     kwargs = dict(apply_kwargs or {})
-    rounded, by_chance = (
+    rounded, *by_chance = (
         efrap_lib.efrap(
             module,
             variables,
@@ -138,8 +141,9 @@ def inspect(
             method=method,
             grid=grid,
             apply_kwargs=kwargs,
+            key=jax.random.key(draw),
         )
-        for method in ("nearest", "stochastic")
+        for draw, method in enumerate(["nearest"] + _CHANCE_DRAWS * ["stochastic"])
     )
     folds = (grids.named(grid) if isinstance(grid, str) else grid).fold_batch_norm
     layers = layers_lib.find_layers(module, variables, images, apply_kwargs=kwargs)
@@ -158,9 +162,9 @@ def inspect(
         found,
         sum(layer.near_ties for layer in found) / max(expected, 1.0),
         max(layer.outlier_ratio for layer in found),
-        *(
-            _drift(module, variables, images, result, kwargs)
-            for result in (rounded, by_chance)
+        _drift(module, variables, images, rounded, kwargs),
+        statistics.fmean(
+            _drift(module, variables, images, result, kwargs) for result in by_chance
         ),
     )
 
