@@ -264,7 +264,11 @@ def layer_entries(
             "flip_rate": report.flip_rate,
             "objective_nearest": report.objective_nearest,
             "objective": report.objective,
+            "soft_output_error": report.soft_output_error,
+            "hard_output_error": report.hard_output_error,
             "objective_descent": report.objective_descent,
+            "trace": list(report.trace),
+            "converged": report.converged,
             "path": list(report.path),
             "seconds": report.seconds,
         }

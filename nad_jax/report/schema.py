@@ -16,9 +16,12 @@ and `rows` always; `title`, `command`, `layers`, `claims`, `notes` and `curves` 
 there is something to say; and the facts a run is found by, such as `attack` and
 `dataset`. Entries of `layers` hold `seed`, `row` (the name of the row they belong to),
 `layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and `seconds`, and
-optionally `model`, `weight_bits`, `act_bits`, `objective_descent` (what coordinate
-descent reaches where another solver was used) and `path` (what other flip weights cost:
-a list of `flip_weight`, `output_error` and `flip_rate`). Entries of `curves` hold
+optionally `model`, `weight_bits`, `act_bits`, `soft_output_error` and
+`hard_output_error` (of a soft rounding before and after it was hardened),
+`objective_descent` (what coordinate descent reaches where another solver was used),
+`trace` (objective before the first sweep of coordinate descent and after each),
+`converged` (whether no further flip would gain) and `path` (what other flip weights
+cost: a list of `flip_weight`, `output_error` and `flip_rate`). Entries of `curves` hold
 `seed`, `model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
 
 A run against a planted backdoor is found by `attack`, `dataset` and `seed` (a list if
@@ -343,8 +346,13 @@ def _check_layer(layer: Any, where: str) -> None:
     for key in ("objective_nearest", "objective", "seconds"):
         _is_seconds(layer[key], f"{where}.{key}", optional=True)
     _is_model(layer.get("model", "backdoored"), f"{where}.model")
-    reach = layer.get("objective_descent")
-    _is_seconds(reach, f"{where}.objective_descent", optional=True)
+    for key in ("soft_output_error", "hard_output_error", "objective_descent"):
+        _is_seconds(layer.get(key), f"{where}.{key}", optional=True)
+    reached = layer.get("trace", [])
+    _is_list(reached, f"{where}.trace")
+    for i, value in enumerate(reached):
+        _is_seconds(value, f"{where}.trace[{i}]")
+    _is_bool(layer.get("converged"), f"{where}.converged", optional=True)
     for key in ("weight_bits", "act_bits"):
         _is_bits(layer.get(key), f"{where}.{key}")
     points = layer.get("path", [])
