@@ -5,6 +5,7 @@
     python -m nad_jax.main --config=configs/efrap.py:smoke      # a minute, for tests
     python -m nad_jax.main --config=configs/efrap.py:w8+outlier # any combination
     python -m nad_jax.main --config=configs/efrap.py:controls   # every control
+    python -m nad_jax.main --config=configs/efrap.py:controls+adaround  # and the loops
     python -m nad_jax.main --config=configs/efrap.py:cifar10 \
         --config.data.data_dir=DIR                              # long
 
@@ -93,10 +94,14 @@ def _digits(attack):
         max_sweeps=20,
         stochastic_draws=10,
         controls=_section(
-            flip_share=config_dict.placeholder(float), noise=1.0, qvec=1.0, ocs=0.02
+            flip_share=config_dict.placeholder(float),
+            # One row for each strength.
+            noise=(0.5, 1.0),
+            qvec=(0.5, 1.0, 2.0),
+            ocs=0.02,
         ),
         calibration_images=1024,
-        # Only for the rounding "adam", the loop of EFRAP's public code.
+        # Only for "adam", the loop of EFRAP's public code, and "adaround".
         adam=_section(
             form="minibatch",
             steps=10_000,
@@ -204,6 +209,7 @@ def _make_smoke(config):
     for stage in stages:
         stage.epochs = 2
         stage.milestones = ()
+    config.defense.adam.steps = 20
     config.defense.calibration_images = 64
     config.defense.stochastic_draws = 2
 
@@ -245,7 +251,7 @@ def _make_vit(config):
 
 
 def _make_controls(config):
-    """Every control there is, and float defences with labels, then nearest."""
+    """Every control but the loops, and float defences with labels, then nearest."""
     config.defense.roundings = (
         "nearest",
         "floor",
@@ -293,6 +299,14 @@ def _make_controls(config):
         training=training,
         nad=_section(betas=betas, teacher_epochs=10),
     )
+
+
+def _make_adaround(config):
+    """The two loops over batches, of AdaRound and of EFRAP's public code.
+
+    No part of `controls`: on digits they take several times as long as all the rest.
+    """
+    config.defense.roundings = (*config.defense.roundings, "adaround", "adam")
 
 
 def _make_w8(config):
@@ -364,6 +378,7 @@ _CHANGES = {
     "vit": _make_vit,
     "cifar10": _make_cifar10,
     "controls": _make_controls,
+    "adaround": _make_adaround,
     "w8": _make_w8,
     "authors": _make_authors,
     "smoke": _make_smoke,

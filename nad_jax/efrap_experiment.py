@@ -258,7 +258,7 @@ def _quantize_and_evaluate(
         add(name, counts, net, seconds=seconds)
 
     def add_rounded(
-        name, rounding, net, *, earlier=0.0, flip_rates=None, defense=defense, **extra
+        name, rounding, net, *, earlier=0.0, strength=None, defense=defense, **extra
     ):
         """A row by one or several draws; returns the last one's result."""
         draws = defense.stochastic_draws if rounding in roundings.BY_CHANCE else 1
@@ -274,7 +274,7 @@ def _quantize_and_evaluate(
                 key=jax.random.fold_in(keys["draws"], draw),
                 workdir=workdir,
                 stage=f"{name}, {model_name}, seed {seed}",
-                flip_rates=flip_rates,
+                strength=strength,
             )
             seconds.append(spent)
             workdir.seconds[f"quantize/{name}"] = (
@@ -328,15 +328,19 @@ def _quantize_and_evaluate(
     add_float("float", variables, seconds=0.0)
     efrap_rates = None
     for name in defense.roundings:
-        workdir.check_stop()
         if name == "efrap_chosen":
+            workdir.check_stop()
             add_chosen(name)
             continue
-        result = add_rounded(name, name, variables, flip_rates=efrap_rates)
-        if name == "efrap":
-            efrap_rates = {
-                layer: report.flip_rate for layer, report in result.layers.items()
-            }
+        for row_name, strength in defense.controls.rows(name):
+            workdir.check_stop()
+            if strength is None:
+                strength = efrap_rates
+            result = add_rounded(row_name, name, variables, strength=strength)
+            if name == "efrap":
+                efrap_rates = {
+                    layer: report.flip_rate for layer, report in result.layers.items()
+                }
     if config.repairs is not None:
         is_clean = model_name == "clean"
         wanted = config.repairs.clean_model_rows if is_clean else config.repairs.rows

@@ -30,7 +30,9 @@ BY_CHANCE = ("stochastic", "random", "noise")
 
 
 def _arguments(
-    defense: settings.EfrapSettings, name: str, flip_rates: Mapping[str, float] | None
+    defense: settings.EfrapSettings,
+    name: str,
+    strength: float | Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """Arguments of `efrap` that make the row called `name`."""
     controls = settings.ControlSettings()
@@ -38,7 +40,7 @@ def _arguments(
         controls = defense.controls
     if name in ("random", "top_error"):
         share = controls.flip_share
-        return {"method": name, "strength": flip_rates if share is None else share}
+        return {"method": name, "strength": strength if share is None else share}
     if name in ("omse", "aciq"):
         range_method = {"omse": "mse", "aciq": "aciq"}[name]
         grid = dataclasses.replace(
@@ -50,8 +52,8 @@ def _arguments(
         "efrap": {"method": "coordinate", "flip_weight": defense.flip_weight},
         "adaround": {"method": "adam", "flip_weight": 0.0},
         "gptq": {"method": "feedback", "flip_weight": 0.0},
-        "noise": {"method": "noise", "strength": controls.noise},
-        "qvec": {"method": "counter_shift", "strength": controls.qvec},
+        "noise": {"method": "noise", "strength": strength},
+        "qvec": {"method": "counter_shift", "strength": strength},
         "ocs": {"method": "channel_split", "strength": controls.ocs},
     }
     return rows.get(name, {"method": name})
@@ -153,7 +155,7 @@ def quantize(
     key: jax.Array,
     workdir: workdir_lib.Workdir,
     stage: str,
-    flip_rates: Mapping[str, float] | None = None,
+    strength: float | Mapping[str, float] | None = None,
 ) -> tuple[quantized_module.Quantized, float]:
     """The model, rounded by the rounding called `name`, and the seconds that took.
 
@@ -170,12 +172,13 @@ def quantize(
       key: Randomness of `BY_CHANCE` and "adam".
       workdir: Keeps layers, records each under the name `stage`, and may ask to stop.
       stage: See `workdir`.
-      flip_rates: Layer name -> share of weights that "random" and "top_error" flip
-        where the settings leave it open.
+      strength: Of "noise" and "qvec": which of the settings' strengths. Of "random" and
+        "top_error": share of weights to flip, for all layers or by layer name, where
+        the settings leave it open. Others read none.
     """
     arguments = {
         "grid": defense.grid.grid(),
-        **_arguments(defense, name, flip_rates),
+        **_arguments(defense, name, strength),
     }
     method, adam = arguments["method"], _adam(defense, name)
     options = {
@@ -318,7 +321,11 @@ def layer_entries(
             "flip_rate": report.flip_rate,
             "objective_nearest": report.objective_nearest,
             "objective": report.objective,
+            "soft_output_error": report.soft_output_error,
+            "hard_output_error": report.hard_output_error,
             "objective_descent": report.objective_descent,
+            "trace": list(report.trace),
+            "converged": report.converged,
             "path": list(report.path),
             "seconds": report.seconds,
         }

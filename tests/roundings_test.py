@@ -2,6 +2,7 @@
 """The defender's images: a few of many, in no order."""
 
 import contextlib
+import dataclasses
 import types
 
 import jax
@@ -12,6 +13,8 @@ from nad_jax import roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
 from nad_jax.defenses import flip_weight_choice
+from nad_jax.defenses import quantized_module
+from nad_jax.report import schema
 
 COUNT = 40
 
@@ -86,3 +89,47 @@ def test_a_chosen_flip_weight_is_of_the_defence_and_kept(tmp_path, monkeypatch):
     (arguments,) = asked
     assert arguments["weight_bits"] == 3 and arguments["flip_unit"] == "step"
     assert arguments["starts"] == ("feedback",) and arguments["fold_batch_norm"]
+
+
+def test_a_report_holds_all_that_is_known_of_a_layer():
+    """Under the same names, but for its own name, shape and width."""
+    known = {
+        "flip_rate": 0.25,
+        "objective_nearest": 4.0,
+        "objective": 3.0,
+        "soft_output_error": 1.0,
+        "hard_output_error": 2.0,
+        "objective_descent": 2.5,
+        "trace": (4.0, 3.0),
+        "converged": True,
+        "path": ({"flip_weight": 0.1, "output_error": 2.0, "flip_rate": 0.5},),
+        "seconds": 0.5,
+    }
+    report = quantized_module.LayerReport("stem", (3, 2), 4, **known)
+    result = types.SimpleNamespace(layers={"stem": report}, act_specs={})
+    (entry,) = roundings.layer_entries(
+        result, seed=3, row="adam", model_name="backdoored"
+    )
+    assert {key: entry[key] for key in known} == {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in known.items()
+    }
+    told = {"name", "kernel_shape", "bits", *known}
+    assert told == {field.name for field in dataclasses.fields(report)}
+    schema.validate(
+        schema.build_report(
+            title="t",
+            config={},
+            rows=[
+                schema.Row(
+                    *("adam", "backdoored", 3, 4, None, 0.5, None, None, 10),
+                    *(None, 0.25, 0.5),
+                )
+            ],
+            git_commit=None,
+            versions={},
+            devices=[],
+            seconds={},
+            layers=[entry],
+        )
+    )

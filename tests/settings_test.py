@@ -57,6 +57,40 @@ def test_controls_are_every_rounding_but_the_dear_ones_and_two_repairs():
         assert config.repairs.rows == ("fine_tuning", "nad")
 
 
+def test_the_loops_are_added_to_whatever_rows_there_are():
+    for variant in ("adaround", "controls+adaround"):
+        config = _read(_config(variant=variant))
+        before = _read(_config(variant=variant.removesuffix("adaround").rstrip("+")))
+        loops = ("adaround", "adam")
+        assert config.defense.roundings == (*before.defense.roundings, *loops)
+        assert config.defense.adam.steps == 10_000
+    assert _read(_config(variant="adaround+smoke")).defense.adam.steps <= 100
+
+
+def test_controls_in_degrees_make_a_row_for_each_strength():
+    """Noise of half a half-width and of the whole, and a sweep of QVec's scale."""
+    config = _config()
+    controls = _read(config).defense.controls
+    assert controls.rows("noise") == [("noise_0.5", 0.5), ("noise_1.0", 1.0)]
+    assert len(controls.rows("qvec")) >= 3
+    assert controls.rows("ocs") == [("ocs", None)]
+    # As an earlier run's config.json has it.
+    config["defense"]["controls"].update(noise=1, qvec=2.0)
+    controls = _read(config).defense.controls
+    assert controls.rows("noise") == [("noise_1.0", 1.0)]
+    assert controls.rows("qvec") == [("qvec_2.0", 2.0)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [(), (-0.5,), (0.5, 0.5), (float("inf"),), (float("nan"),)]
+)
+def test_strengths_that_make_no_row_or_one_twice_are_refused(wrong):
+    config = _config()
+    config["defense"]["controls"]["noise"] = wrong
+    with pytest.raises(errors.InputError, match=r"^config\.defense\.controls\.noise "):
+        _read(config)
+
+
 def test_variants_combine_in_any_order_but_name_one_attack():
     assert _config(variant="w8+smoke+outlier") == _config(variant="outlier+smoke+w8")
     with pytest.raises(ValueError, match="one attack, got pq and outlier"):

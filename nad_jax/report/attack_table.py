@@ -7,9 +7,12 @@
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
 no such row. Reports of one config but for their seeds share a line if they ran on
-equally many devices; folders and commits may differ. Of roundings the last column is
-the clean model in float. Below repairs of several attacks, one line each, stand the
-means over the attacks, with the worst mean ASR of any attack, and the mean DER
+equally many devices; folders and commits may differ.
+
+Of roundings, "accepted" counts the seeds whose attack was what it claims to be
+(`nad_jax.acceptance`), of those that were judged, and the last column is the clean
+model in float. Below repairs of several attacks, one line each, stand the means over
+the attacks, with the worst mean ASR of any attack, and the mean DER
 (`nad_jax.core.metrics`).
 """
 
@@ -26,7 +29,7 @@ from nad_jax import errors, settings
 from nad_jax.report import schema, tables
 
 # What tells the kinds of reports apart -> its heading, its usual columns, and whether
-# the clean model has one.
+# there is one for accepted attacks, and one for the clean model.
 _KINDS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "weight_bits": (
         "bits",
@@ -70,28 +73,28 @@ def attack_table(
     if fact is None:
         raise errors.InputError("reports must be at least one, got none")
     reports = _joined(reports)
-    heading, usual, shows_clean = _KINDS[fact]
+    heading, usual, rounds = _KINDS[fact]
     if rows is None:
         there = {row["name"] for report in reports for row in report["rows"]}
         rows = [name for name in usual if name in there]
     titles = [tables.row_label(name) for name in rows]
-    if shows_clean:
-        titles.append("clean model, float")
+    if rounds:
+        titles = ["accepted", *titles, "clean model, float"]
     lines = [
         f"| attack | net | {heading} | seeds | {' | '.join(titles)} |",
         "|---|---|---|---:|" + "---:|" * len(titles),
     ]
     for report in reports:
         cells = [_cell(report, "backdoored", name) for name in rows]
-        if shows_clean:
-            cells.append(_cell(report, "clean", "float"))
+        if rounds:
+            cells = [_accepted(report), *cells, _cell(report, "clean", "float")]
         value = report[fact]
         shown = f"W{value}" if fact == "weight_bits" else f"{100 * value:g} %"
         net = _net(report)
         seeds = len({r["seed"] for r in report["rows"] if r["model"] == "backdoored"})
         facts = [report["attack"], net, shown, str(seeds)]
         lines.append(f"| {' | '.join([*facts, *cells])} |")
-    if not shows_clean and len({r["attack"] for r in reports}) == len(reports) > 1:
+    if not rounds and len({r["attack"] for r in reports}) == len(reports) > 1:
         lines += _means(reports, rows)
     return "\n".join(lines)
 
@@ -117,7 +120,8 @@ def _joined(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         devices = len(report.get("devices", ()))
         key = json.dumps([report["attack"], devices, config], sort_keys=True)
         if key not in joined:
-            joined[key] = dict(report)
+            judged = report.get("acceptance", ())
+            joined[key] = {**report, "acceptance": list(judged)}
             continue
         known = joined[key]["rows"]
         again = {row["seed"] for row in known} & {row["seed"] for row in report["rows"]}
@@ -127,6 +131,7 @@ def _joined(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
                 f"{min(again)} of {report['attack']} twice"
             )
         joined[key]["rows"] = [*known, *report["rows"]]
+        joined[key]["acceptance"] += report.get("acceptance", ())
     return list(joined.values())
 
 
@@ -173,6 +178,13 @@ def _rates(acc: Sequence[float], asr: Sequence[float]) -> str:
     """Means, and the worst ASR of several."""
     cell = f"{100 * statistics.fmean(acc):.1f} / {100 * statistics.fmean(asr):.1f}"
     return cell if len(asr) == 1 else f"{cell} ({100 * max(asr):.1f})"
+
+
+def _accepted(report: Mapping[str, Any]) -> str:
+    """Seeds with an accepted attack of those judged; a dash where none was."""
+    judged = report["acceptance"]
+    good = sum(entry["accepted"] for entry in judged)
+    return f"{good}/{len(judged)}" if judged else "–"
 
 
 def _cell(report: Mapping[str, Any], model: str, name: str) -> str:

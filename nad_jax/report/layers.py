@@ -23,15 +23,23 @@ _OTHER_MARKS = (
 )
 _OTHER_COLOURS = ("other", "flipped", "stochastic", "reconstruction")
 
+_HARDENING = "hard/soft"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Series:
-    """One row's measurements by layer: mean over seeds, None if not measured."""
+    """One row's measurements by layer: mean over seeds, None if not measured.
+
+    `hardening` is the output error after hardening relative to before; `converged` is
+    in words.
+    """
 
     label: str
     mark: drawings.Mark
     flip_rate: Mapping[str, float | None]
     ratio: Mapping[str, float | None]
+    hardening: Mapping[str, float | None]
+    converged: Mapping[str, str | None]
     seconds: Mapping[str, float | None]
 
 
@@ -140,6 +148,11 @@ def _series(entries: Sequence[Mapping[str, Any]]) -> list[_Series]:
                     for k, v in mine.items()
                 },
                 ratio={k: _mean_ratio(v) for k, v in mine.items()},
+                hardening={
+                    k: _mean_ratio(v, "hard_output_error", "soft_output_error")
+                    for k, v in mine.items()
+                },
+                converged={k: _converged(v) for k, v in mine.items()},
                 seconds={
                     k: schema.stat(e["seconds"] for e in v).mean
                     for k, v in mine.items()
@@ -149,12 +162,16 @@ def _series(entries: Sequence[Mapping[str, Any]]) -> list[_Series]:
     return series
 
 
-def _mean_ratio(entries: Sequence[Mapping[str, Any]]) -> float | None:
-    """Geometric mean of objective / objective_nearest; None where it is undefined."""
+def _mean_ratio(
+    entries: Sequence[Mapping[str, Any]],
+    over: str = "objective",
+    under: str = "objective_nearest",
+) -> float | None:
+    """Geometric mean of one key over another; None where it is undefined."""
     ratios = [
-        entry["objective"] / entry["objective_nearest"]
+        entry[over] / entry[under]
         for entry in entries
-        if entry["objective"] is not None and entry["objective_nearest"]
+        if entry.get(over) is not None and entry.get(under)
     ]
     if not ratios:
         return None
@@ -163,17 +180,47 @@ def _mean_ratio(entries: Sequence[Mapping[str, Any]]) -> float | None:
     return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
 
 
+def _converged(entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """ "yes", "no", or how many seeds did; None where nothing could converge."""
+    known = [e["converged"] for e in entries if e.get("converged") is not None]
+    if not known:
+        return None
+    if len(set(known)) > 1:
+        return f"{sum(known)}/{len(known)}"
+    return "yes" if known[0] else "no"
+
+
+def _columns(one: _Series) -> dict[str, dict[str, str]]:
+    """Heading -> layer -> cell; the last two only if a layer has them."""
+
+    def cells(values, shown):
+        return {k: shown(v) for k, v in values.items() if v is not None}
+
+    columns = {
+        "flips %": cells(one.flip_rate, tables.hundredfold),
+        "objective": cells(one.ratio, "{:.3g}".format),
+        "s": cells(one.seconds, tables.duration),
+    }
+    if hardening := cells(one.hardening, "{:.3g}".format):
+        columns[_HARDENING] = hardening
+    if converged := cells(one.converged, str):
+        columns["converged"] = converged
+    return columns
+
+
 def _table(
     layers: Sequence[str], shapes: Mapping[str, Any], series: Sequence[_Series]
 ) -> markup.Markup:
     heads = [
         markup.el("th", name, scope="col", rowspan=2) for name in ("Layer", "Shape")
     ]
-    heads += [markup.el("th", one.label, scope="colgroup", colspan=3) for one in series]
+    columns = [_columns(one) for one in series]
+    heads += [
+        markup.el("th", one.label, scope="colgroup", colspan=len(mine))
+        for one, mine in zip(series, columns, strict=True)
+    ]
     quantities = [
-        markup.el("th", quantity, scope="col")
-        for _ in series
-        for quantity in ("flips %", "objective", "s")
+        markup.el("th", heading, scope="col") for mine in columns for heading in mine
     ]
     lines = []
     for layer in layers:
@@ -181,18 +228,18 @@ def _table(
             markup.el("th", layer, scope="row"),
             markup.el("td", "×".join(map(str, shapes[layer])) or "–"),
         ]
-        for one in series:
-            ratio = one.ratio.get(layer)
-            texts = (
-                tables.hundredfold(one.flip_rate.get(layer)),
-                "–" if ratio is None else f"{ratio:.3g}",
-                tables.duration(one.seconds.get(layer)),
-            )
-            cells += [markup.el("td", text) for text in texts]
+        cells += [
+            markup.el("td", column.get(layer, "–"))
+            for mine in columns
+            for column in mine.values()
+        ]
         lines.append(markup.el("tr", cells))
+    caption = "Objectives are relative to nearest rounding."
+    if any(_HARDENING in mine for mine in columns):
+        caption += f" {_HARDENING}: output error after hardening, relative to before."
     table = markup.el(
         "table",
-        markup.el("caption", "Objectives are relative to nearest rounding."),
+        markup.el("caption", caption),
         markup.el("thead", markup.el("tr", heads), markup.el("tr", quantities)),
         markup.el("tbody", lines),
         class_="numbers",

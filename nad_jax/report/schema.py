@@ -16,14 +16,18 @@ and `rows` always; `title`, `command`, `layers`, `claims`, `notes` and `curves` 
 there is something to say; and the facts a run is found by, such as `attack` and
 `dataset`. Entries of `layers` hold `seed`, `row` (the name of the row they belong to),
 `layer`, `shape`, `flip_rate`, `objective_nearest`, `objective` and `seconds`, and
-optionally `model`, `weight_bits`, `act_bits`, `objective_descent` (what coordinate
-descent reaches where another solver was used) and `path` (what other flip weights cost:
-a list of `flip_weight`, `output_error` and `flip_rate`). Entries of `curves` hold
+optionally `model`, `weight_bits`, `act_bits`, `soft_output_error` and
+`hard_output_error` (of a soft rounding before and after it was hardened),
+`objective_descent` (what coordinate descent reaches where another solver was used),
+`trace` (objective before the first sweep of coordinate descent and after each),
+`converged` (whether no further flip would gain) and `path` (what other flip weights
+cost: a list of `flip_weight`, `output_error` and `flip_rate`). Entries of `curves` hold
 `seed`, `model`, `row`, and `acc` and `asr`, lists by epoch that begin before the first.
 
 A run against a planted backdoor is found by `attack`, `dataset` and `seed` (a list if
 there were several); one that rounds weights also by `weight_bits`, and it holds the
-list `acceptance`: whether the attack was what it claims to be (`nad_jax.acceptance`).
+list `acceptance`, with `seed` and `accepted` in each entry: whether the attack was what
+it claims to be (`nad_jax.acceptance`).
 `made_by` lists commit, versions and number of devices of every run that had a part in
 it, this one first, if they differ.
 """
@@ -273,7 +277,7 @@ def validate(report: Any) -> None:
         _check_row(row, f"rows[{i}]")
     _no_twice(report["rows"], _row_key, "rows")
 
-    for key in ("layers", "claims", "notes", "curves"):
+    for key in ("layers", "claims", "notes", "curves", "acceptance"):
         _is_list(report.get(key, []), key)
     for i, layer in enumerate(report.get("layers", [])):
         _check_layer(layer, f"layers[{i}]")
@@ -281,14 +285,16 @@ def validate(report: Any) -> None:
     for i, claim in enumerate(report.get("claims", [])):
         _is_mapping(claim, f"claims[{i}]")
         _is_text(claim.get("text"), f"claims[{i}].text")
-        _need(
-            isinstance(claim.get("passed"), bool),
-            f"claims[{i}].passed is {_show(claim.get('passed'))}; it is true or false",
-        )
+        _is_bool(claim.get("passed"), f"claims[{i}].passed")
     for i, note in enumerate(report.get("notes", [])):
         _is_text(note, f"notes[{i}]")
     for i, curve in enumerate(report.get("curves", [])):
         _check_curve(curve, f"curves[{i}]")
+    for i, entry in enumerate(report.get("acceptance", [])):
+        _is_mapping(entry, f"acceptance[{i}]")
+        _is_integer(entry.get("seed"), f"acceptance[{i}].seed")
+        _is_bool(entry.get("accepted"), f"acceptance[{i}].accepted")
+    _no_twice(report.get("acceptance", []), lambda entry: entry["seed"], "acceptance")
 
 
 def _check_row(row: Any, where: str) -> None:
@@ -340,8 +346,13 @@ def _check_layer(layer: Any, where: str) -> None:
     for key in ("objective_nearest", "objective", "seconds"):
         _is_seconds(layer[key], f"{where}.{key}", optional=True)
     _is_model(layer.get("model", "backdoored"), f"{where}.model")
-    reach = layer.get("objective_descent")
-    _is_seconds(reach, f"{where}.objective_descent", optional=True)
+    for key in ("soft_output_error", "hard_output_error", "objective_descent"):
+        _is_seconds(layer.get(key), f"{where}.{key}", optional=True)
+    reached = layer.get("trace", [])
+    _is_list(reached, f"{where}.trace")
+    for i, value in enumerate(reached):
+        _is_seconds(value, f"{where}.trace[{i}]")
+    _is_bool(layer.get("converged"), f"{where}.converged", optional=True)
     for key in ("weight_bits", "act_bits"):
         _is_bits(layer.get(key), f"{where}.{key}")
     points = layer.get("path", [])
@@ -398,6 +409,13 @@ def _is_list(value: Any, where: str) -> None:
 def _is_text(value: Any, where: str, *, optional: bool = False) -> None:
     if not (optional and value is None):
         _need(isinstance(value, str), f"{where} is {_show(value)}; it is text")
+
+
+def _is_bool(value: Any, where: str, *, optional: bool = False) -> None:
+    if not (optional and value is None):
+        _need(
+            isinstance(value, bool), f"{where} is {_show(value)}; it is true or false"
+        )
 
 
 def _is_model(value: Any, where: str) -> None:

@@ -59,11 +59,11 @@ _KINDS = {
     ),
     "noise": (
         "Noise",
-        "control: Gaussian noise, then nearest; mean over draws",
+        "control: Gaussian noise of so many half steps, then nearest; mean over draws",
     ),
     "qvec": (
         "QVec",
-        "control: the shift of nearest rounding subtracted beforehand, then nearest",
+        "control: so many times the shift of nearest rounding subtracted, then nearest",
     ),
     "omse": ("OMSE", "control: nearest on the range of least squared weight error"),
     "aciq": ("ACIQ", "control: nearest on the range that fits a normal or Laplace"),
@@ -123,6 +123,8 @@ _OTHERS = {"teacher": "Teacher"}
 _DEFENCES = ("efrap", "nad")
 # What rows end in that round a repaired network: "nad_nearest".
 _THEN_NEAREST = "_nearest"
+# Rows of a control that comes in several strengths: "noise_0.5".
+_IN_DEGREES = re.compile(r"(.+)_(\d+\.\d+|\d[\d.]*e[-+]\d+)")
 
 
 # ----------------------------------------------------------------------------- words
@@ -134,7 +136,12 @@ def row_label(name: str) -> str:
     Example:
       >>> row_label("nad"), row_label("nad_nearest"), row_label("mine")
       ('NAD', 'NAD, then nearest', 'mine')
+      >>> row_label("noise_0.5")
+      'Noise 0.5'
     """
+    in_degrees = _IN_DEGREES.fullmatch(name)
+    if in_degrees and in_degrees[1] in _KINDS:
+        return f"{_KINDS[in_degrees[1]][0]} {in_degrees[2].removesuffix('.0')}"
     repair = name.removesuffix(_THEN_NEAREST)
     if repair != name and repair in _KINDS:
         return f"{_KINDS[repair][0]}, then nearest"
@@ -146,8 +153,10 @@ def row_description(row: schema.Row) -> str:
     own = row.extra.get("description")
     if isinstance(own, str):
         return own
-    if row.name in _KINDS:
-        return _KINDS[row.name][1]
+    in_degrees = _IN_DEGREES.fullmatch(row.name)
+    kind = in_degrees[1] if in_degrees else row.name
+    if kind in _KINDS:
+        return _KINDS[kind][1]
     if row.name.removesuffix(_THEN_NEAREST) in _KINDS:
         return "control: the repaired network, rounded to nearest on the same grid"
     return ""

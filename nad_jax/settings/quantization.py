@@ -2,6 +2,7 @@
 """Settings of the defender who rounds: one grid, and the roundings on it."""
 
 import dataclasses
+import math
 
 from nad_jax.errors import InputError
 from nad_jax.settings.basics import GridSettings
@@ -31,6 +32,8 @@ ROUNDINGS = (
     "efrap_chosen",
     "adam",
 )
+# Those that may come in several strengths at once, one row each.
+IN_DEGREES = ("noise", "qvec")
 # Far above where every weight flips that can; a sum of such prices is still finite.
 _MAX_FLIP_WEIGHT = 1e6
 ADAM_FORMS = ("minibatch", "gram")
@@ -88,22 +91,35 @@ class ControlSettings:
     Attributes:
       flip_share: Share of weights that "random" and "top_error" flip; None = in every
         layer as many as the row "efrap", which must come before them.
-      noise: Standard deviation of the noise before nearest, in half steps.
-      qvec: Multiple of the shift of nearest rounding that is subtracted beforehand.
+      noise: Standard deviations of the noise before nearest, in half steps.
+      qvec: Multiples of the shift of nearest rounding that is subtracted beforehand.
       ocs: Share of a layer's input channels that are split in two.
     """
 
     flip_share: float | None = None
-    noise: float = 1.0
-    qvec: float = 1.0
+    noise: tuple[float, ...] = (0.5, 1.0)
+    qvec: tuple[float, ...] = (0.5, 1.0, 2.0)
     ocs: float = 0.02
 
     def __post_init__(self):
         good = self.flip_share is None or 0 <= self.flip_share <= 1
         check(self, "flip_share", good, "in [0, 1] or None")
-        for name in ("noise", "qvec"):
-            check(self, name, getattr(self, name) >= 0, ">= 0")
+        for name in IN_DEGREES:
+            strengths = getattr(self, name)
+            good = bool(strengths) and all(0 <= s < math.inf for s in strengths)
+            check(self, name, good, "one or more finite numbers >= 0")
+            check_different(self, name)
         check(self, "ocs", 0 <= self.ocs <= 1, "in [0, 1]")
+
+    def rows(self, rounding: str) -> list[tuple[str, float | None]]:
+        """Name and strength of each row that one of `ROUNDINGS` makes.
+
+        Those of `IN_DEGREES` say the strength in the name; others have none here.
+        """
+        if rounding not in IN_DEGREES:
+            return [(rounding, None)]
+        strengths = getattr(self, rounding)
+        return [(f"{rounding}_{strength}", strength) for strength in strengths]
 
 
 @dataclasses.dataclass(frozen=True)

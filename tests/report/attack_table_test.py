@@ -33,11 +33,35 @@ def test_cells_are_means_and_the_worst_of_several_seeds():
     table = attack_table.attack_table([REPORT], rows=("float", "nearest", "efrap"))
     head, _, line = table.splitlines()
     assert (
-        head == "| attack | net | bits | seeds | Float | Nearest | EFRAP "
+        head == "| attack | net | bits | seeds | accepted | Float | Nearest | EFRAP "
         "| clean model, float |"
     )
-    cells = ["85.0 / 5.0 (10.0)", "50.0 / 100.0", "–", "75.0 / 25.0"]
+    cells = ["–", "85.0 / 5.0 (10.0)", "50.0 / 100.0", "–", "75.0 / 25.0"]
     assert line == f"| pq | resnet_14 | W4 | 2 | {' | '.join(cells)} |"
+
+
+def test_seeds_whose_attack_was_one_are_counted_over_all_files():
+    def report(seed, **facts):
+        config = {**REPORT["config"], "seeds": [seed]}
+        rows = [_row("float", seed, 0.9, 0.0)]
+        return {**REPORT, "config": config, "rows": rows, **facts}
+
+    def column(*reports):
+        head, _, line = attack_table.attack_table(reports, rows=()).splitlines()
+        heads = head.split(" | ")
+        assert heads.index("accepted") == heads.index("seeds") + 1
+        return line.split(" | ")[heads.index("accepted")]
+
+    accepted = report(0, acceptance=[{"seed": 0, "accepted": True}])
+    refused = report(1, acceptance=[{"seed": 1, "accepted": False}])
+    assert column(accepted) == "1/1"
+    assert column(accepted, refused) == "1/2"
+    # Never judged is neither, and reports are not changed by being shown.
+    assert column(report(0)) == "–" and column(report(2), refused) == "0/1"
+    assert column(refused) == "0/1"
+    repaired = {**accepted, "poison_rate": 0.1}
+    del repaired["weight_bits"]
+    assert "accepted" not in attack_table.attack_table([repaired])
 
 
 def test_a_report_of_another_job_is_refused(tmp_path, capsys):
@@ -93,7 +117,9 @@ def test_reports_that_differ_in_seeds_alone_share_a_line():
     first = report(0, 0.9, data={"name": "digits", "data_dir": None})
     moved = report(1, 0.7, data={"name": "digits", "data_dir": "elsewhere"})
     other = report(1, 0.7, data={"name": "cifar10", "data_dir": None})
-    assert lines(first, moved) == ["| pq | resnet_14 | W4 | 2 | 80.0 / 0.0 (0.0) | – |"]
+    assert lines(first, moved) == [
+        "| pq | resnet_14 | W4 | 2 | – | 80.0 / 0.0 (0.0) | – |"
+    ]
     assert len(lines(first, other)) == 2
     on_two = {**report(1, 0.7), "devices": ["cpu", "cpu"]}
     assert len(lines({**report(0, 0.9), "devices": ["cpu"]}, on_two)) == 2

@@ -20,6 +20,45 @@ def test_layer_ratios_are_geometric_means_over_seeds():
     assert "<td>1</td>" in table and "<td>50.0</td>" in table
 
 
+def test_what_hardening_costs_and_what_converged_is_shown_where_it_is_known():
+    """3/2 and 6/1 have the geometric mean 3; one of two seeds converged."""
+    layers = [
+        sample.make_layer("adam", "stem", 1.0, seed=seed, **errors)
+        for seed, errors in enumerate(
+            (
+                {"soft_output_error": 2.0, "hard_output_error": 3.0},
+                {"soft_output_error": 1.0, "hard_output_error": 6.0},
+            )
+        )
+    ]
+    layers += [
+        sample.make_layer("efrap", name, 1.0, seed=seed, converged=converged)
+        for name, ends in {"stem": (True, False), "head": (True, True)}.items()
+        for seed, converged in enumerate(ends)
+    ]
+    layers += [
+        sample.make_layer("reconstruction", "stem", 1.0, seed=0, converged=False)
+    ]
+    text = page.render(sample.make_report((0, 1), layers=layers))
+    table = text[text.index('class="numbers"') :]
+    table = table[: table.index("</table>")]
+    assert "relative to before" in table
+    usual = ["flips %", "objective", "s"]
+    heads = re.findall('scope="col">(.*?)</th>', table)
+    assert heads == [*usual, "hard/soft", *usual, "converged", *usual, "converged"]
+    assert re.findall('colspan="(.)"', table) == ["4", "4", "4"]
+    stem, head = (
+        re.findall("<td>(.*?)</td>", line)[1:]
+        for line in table.split("<tr>")
+        if 'scope="row"' in line
+    )
+    usual = ["50.0", "0.5", "0.2"]
+    assert stem == [*usual, "3", *usual, "1/2", *usual, "no"]
+    assert head == ["–"] * 4 + [*usual, "yes"] + ["–"] * 4
+    plain = page.render(sample.make_report(layers=[sample.make_layer("efrap", "a", 1)]))
+    assert "hard/soft" not in plain and "converged" not in plain
+
+
 def test_other_flip_weights_are_told_by_their_cost():
     """Errors 2 -> 4 and 1 -> 8: geometric mean 4. 4 and 2 of 12 weights: 50 %."""
     layers = []

@@ -143,7 +143,17 @@ def test_an_impossible_row_is_refused_in_one_line_that_names_the_field(key, valu
         ("rows", []),
         ("rows", {}),
         ("rows", [[]]),
-        ("layers", [{**_report()["layers"][0], "objective_descent": -1.0}]),
+        *(
+            ("layers", [{**_report()["layers"][0], **wrong}])
+            for wrong in (
+                {"objective_descent": -1.0},
+                {"soft_output_error": -1.0},
+                {"hard_output_error": "1"},
+                {"trace": 1.0},
+                {"trace": [2.0, None]},
+                {"converged": 1},
+            )
+        ),
         *(
             ("layers", [{**_report()["layers"][0], "path": [{**_POINT, **wrong}]}])
             for wrong in (
@@ -154,6 +164,10 @@ def test_an_impossible_row_is_refused_in_one_line_that_names_the_field(key, valu
         ),
         ("layers", [{"seed": 0}]),
         ("claims", [{"text": "x", "passed": 1}]),
+        ("acceptance", {"seed": 0, "accepted": True}),
+        ("acceptance", [{"seed": 0, "accepted": 1}]),
+        ("acceptance", [{"accepted": True}]),
+        ("acceptance", [{"seed": 0, "accepted": True}] * 2),
         ("notes", "one"),
         ("notes", [None]),
     ],

@@ -49,6 +49,30 @@ def _cells(text):
     return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
+# ------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("noise", "Noise"),  # as older files have it
+        ("noise_0.5", "Noise 0.5"),
+        ("noise_1.0", "Noise 1"),
+        ("qvec_1e-05", "QVec 1e-05"),
+        ("qvec_10.0", "QVec 10"),
+        ("mine_0.5", "mine_0.5"),
+        ("top_error", "Largest errors"),
+    ],
+)
+def test_a_row_is_called_by_its_kind_and_strength(name, label):
+    assert tables.row_label(name) == label
+    described = tables.row_description(schema.Row.from_dict(_row(name, 0.0)))
+    kind = name.split("_")[0]
+    if kind in ("noise", "qvec"):
+        plain = schema.Row.from_dict(_row(kind, 0.0))
+        assert described == tables.row_description(plain) != ""
+
+
 # -------------------------------------------------------------------------- headline
 
 
