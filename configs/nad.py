@@ -20,8 +20,9 @@ Another trigger takes other options: `config.attack.trigger` in a config of your
 The victim is trained with crop (and flip where the class survives it) on the poisoned
 data. The defence is NAD (Li et al., ICLR 2021), next to its controls on the same clean
 images, batches and budget: fine-tuning, which is NAD without the attention term,
-fine-pruning, mode connectivity, fine-tuning in a SAM step, and our variants: NAD in a
-SAM step, without and with the victim's own logits as soft labels.
+fine-pruning, mode connectivity, fine-tuning in a SAM step, without and with the
+victim's own logits as soft labels, and our variants: NAD in a SAM step, without and
+with those logits.
 """
 
 import ml_collections
@@ -82,6 +83,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "fine_pruning",
             "mode_connectivity",
             "ft_sam",
+            "ft_sam_kd",
             "nad",
             "nad_sam",
             "nad_sam_kd",

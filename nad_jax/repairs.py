@@ -89,10 +89,22 @@ def check(
             f"held out for {', '.join(deciding)}"
         )
     wanted = (*defense.rows, *defense.clean_model_rows)
+    attention = None
     if any(name.startswith("nad") for name in wanted):
+        attention = defense.nad
+    elif "ft_sam_kd" in wanted:
+        attention = _no_attention(defense.nad)
+    if attention is not None:
         shapes = common.expected_shapes(model, train.images.shape[1:])
         one_image = base.clean_data(train, rows[:1], rows[:0])
-        nad.check(base.Net(model, shapes), one_image, defense.nad, teacher=teacher)
+        nad.check(base.Net(model, shapes), one_image, attention, teacher=teacher)
+
+
+def _no_attention(attention: settings.NadSettings) -> settings.NadSettings:
+    """One student and no teacher: what is left is fine-tuning and its other terms."""
+    return dataclasses.replace(
+        attention, betas=dict.fromkeys(attention.betas, 0.0), beta_factors=(1.0,)
+    )
 
 
 def epochs_of_nad(
@@ -177,12 +189,16 @@ class Stages:
         """
         defense = self._defense
         tuning = settings.TuningSettings(defense.training, patience=defense.patience)
-        if name in ("ft_sam", "nad_sam", "nad_sam_kd"):
+        if "_sam" in name:
             tuning = dataclasses.replace(
                 tuning, sharpness_radius=defense.sharpness_radius
             )
+        logits = defense.victim_logits if name.endswith("_kd") else None
         if name in ("fine_tuning", "ft_sam"):
             return self._stage(name, fine_tuning.run, tuning)
+        if name == "ft_sam_kd":
+            alone = _no_attention(defense.nad)
+            return self._stage(name, nad.run, tuning, alone, victim_logits=logits)
         if name == "fine_pruning":
             return self._stage(name, fine_pruning.run, tuning, defense.fine_pruning)
         if name == "mode_connectivity":
@@ -202,7 +218,7 @@ class Stages:
                 tuning,
                 defense.nad,
                 teacher=teacher,
-                victim_logits=defense.victim_logits if name == "nad_sam_kd" else None,
+                victim_logits=logits,
             )
         return net, earlier + seconds
 

@@ -156,6 +156,7 @@ def test_repairs_that_can_be_are_not_refused():
     _check(nad=_betas("stage1", factors=(0.0,)), sides=(1,))
     _check(rows=("fine_tuning",), clean_model_rows=(), nad=_betas("stage9"))
     _check(clean_fraction=0.1, rows=("nad",))
+    _check(rows=("ft_sam_kd",), clean_model_rows=(), sides=(4, 2, 1))
 
 
 @pytest.mark.slow
@@ -163,6 +164,10 @@ def test_repairs_that_can_be_are_not_refused():
     ("changes", "words"),
     [
         ({"nad": _betas("stage1", "stage9")}, "must name stages of .*, got stage9"),
+        (
+            {"nad": _betas("stage9"), "rows": ("ft_sam_kd",), "clean_model_rows": ()},
+            "must name stages of .*, got stage9",
+        ),
         ({"sides": (4, 2, 1)}, "'stage3' of the victim is .1, 1, 2. per image"),
         ({"teacher": _net(4, 2)}, "must name stages of stage1, stage2, got stage3"),
         ({"teacher": _net(4, 2, 1)}, "'stage3' of the teacher is .1, 1, 2."),
@@ -181,6 +186,33 @@ def test_repairs_that_can_be_are_not_refused():
 def test_what_a_repair_would_refuse_is_known_by_shapes(changes, words):
     with pytest.raises(errors.InputError, match=words):
         _check(**changes)
+
+
+@pytest.mark.slow
+def test_the_logits_alone_are_nad_sam_kd_without_attention(tmp_path, monkeypatch):
+    """From the same batches, and no teacher is made for what asks none."""
+    config = settings.parse(nad_config.get_config("smoke").to_dict())
+    zero = settings.NadSettings({"stage1": 0.0})
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), np.uint8)
+    labels = np.arange(40, dtype=np.int32) % 10
+    data = base.CleanData(images, labels, images[:0], labels[:0])
+    model = _Net((4, 2, 2))
+    net = base.Net(model, model.init(jax.random.key(1), images[:1] / np.float32(255)))
+
+    def repaired(row, **changes):
+        defense = dataclasses.replace(config.defense, **changes)
+        with contextlib.closing(workdir_lib.Workdir(tmp_path / row, {})) as workdir:
+            patient = repairs.Patient("backdoored", 0, net, data, jax.random.key(0))
+            stages = repairs.Stages(defense, workdir, patient)
+            if row == "ft_sam_kd":
+                monkeypatch.setattr(stages, "teacher", None)
+            return jax.tree.leaves(stages.repair(row)[0].variables)
+
+    alone = repaired("ft_sam_kd")
+    without = repaired("nad_sam_kd", nad=zero)
+    plain = repaired("ft_sam")
+    assert all(np.array_equal(*pair) for pair in zip(alone, without, strict=True))
+    assert not all(np.array_equal(*pair) for pair in zip(alone, plain, strict=True))
 
 
 def test_a_given_teacher_is_read_once(tmp_path, monkeypatch):

@@ -101,6 +101,10 @@ _KINDS = {
         "FT-SAM",
         "control: fine-tuning with gradients taken at the worst point nearby",
     ),
+    "ft_sam_kd": (
+        "FT-SAM-KD",
+        "control: FT-SAM that keeps the victim's own logits on clean images",
+    ),
     "nad_sam": (
         "NAD-SAM",
         "variant: NAD with gradients taken at the worst point nearby",

@@ -13,6 +13,7 @@ REPAIRS = (
     "fine_pruning",
     "mode_connectivity",
     "ft_sam",
+    "ft_sam_kd",
     "nad",
     "nad_sam",
     "nad_sam_kd",
@@ -151,7 +152,7 @@ class RepairSettings:
         zoo; None = the victim, fine-tuned.
       patience: See `TuningSettings`.
       sharpness_radius: SAM's, for the rows that use it.
-      victim_logits: Of the row "nad_sam_kd".
+      victim_logits: Of the rows "ft_sam_kd" and "nad_sam_kd".
       fine_pruning: Its settings.
       mode_connectivity: Its settings.
     """
