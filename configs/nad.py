@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plant a backdoor by poisoning data, then repair the model with a few clean images.
 
-    python -m nad_jax.main --config=configs/nad.py            # digits, some minutes
+    python -m nad_jax.main --config=configs/nad.py            # digits, a minute or two
     python -m nad_jax.main --config=configs/nad.py:smoke      # seconds, for tests
     python -m nad_jax.main --config=configs/nad.py:blend      # another attack
+    python -m nad_jax.main --config=configs/nad.py:controls   # every control
     python -m nad_jax.main --config=configs/nad.py:cifar10+blend \
         --config.data.data_dir=DIR
 
     python -m nad_jax.main --config=configs/nad.py:zoo/digits-blend
     python -m nad_jax.zoo list                                # what else there is
 
-A variant is one attack of badnets (the default), trojan, blend, clean_label, sig,
-refool and wanet, or "smoke" or "cifar10", or one of each joined with +; or a
-finished victim, zoo/NAME, which brings its own data, model and attack.
+A variant is any of these, joined with +: one attack of badnets (the default), trojan,
+blend, clean_label, sig, refool and wanet; "smoke" or "cifar10"; "controls". Or it is a
+finished victim, zoo/NAME, which brings its own data, model and attack, or that and all
+controls, zoo/NAME+controls.
 
 Every number can be overridden: --config.attack.poison_rate=0.01 --config.seeds='(0,1)'.
 Another trigger takes other options: `config.attack.trigger` in a config of your own.
@@ -20,9 +22,10 @@ Another trigger takes other options: `config.attack.trigger` in a config of your
 The victim is trained with crop (and flip where the class survives it) on the poisoned
 data. The defence is NAD (Li et al., ICLR 2021), next to its controls on the same clean
 images, batches and budget: fine-tuning, which is NAD without the attention term,
-fine-pruning, mode connectivity, fine-tuning in a SAM step, without and with the
-victim's own logits as soft labels, and our variants: NAD in a SAM step, without and
-with those logits.
+fine-tuning in a SAM step, and our variant, NAD in a SAM step with the victim's own
+logits as soft labels. With "controls" also fine-pruning, mode connectivity, and each
+part of our variant without the other: logits without attention, attention without
+logits.
 """
 
 import ml_collections
@@ -33,16 +36,24 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The experiment of the parts of `variant`; see above."""
     folder, slash, victim = variant.partition("/")
     if folder == "zoo" and slash:
-        config = get_config("cifar10" if victim.startswith("cifar10") else "")
+        victim, *changes = victim.split("+")
+        if changes not in ([], ["controls"]):
+            raise ValueError(
+                f"variant must be zoo/NAME or zoo/NAME+controls, got {variant!r}"
+            )
+        scale = ["cifar10"] if victim.startswith("cifar10") else []
+        config = get_config("+".join([*scale, *changes]))
         config.zoo = victim
         return config
     parts = [part for part in variant.split("+") if part]
     scales = [part for part in parts if part in _SCALES]
     attacks = [part for part in parts if part in _ATTACKS]
-    if len(scales) + len(attacks) < len(parts) or len(scales) > 1 or len(attacks) > 1:
+    controls = [part for part in parts if part == "controls"]
+    kinds = (scales, attacks, controls)
+    if sum(map(len, kinds)) < len(parts) or max(map(len, kinds)) > 1:
         raise ValueError(
-            f"variant must be one of {', '.join(_SCALES)} and one of "
-            f"{', '.join(_ATTACKS)}, or both joined with +, or zoo/NAME, "
+            f"variant must be one of {', '.join(_SCALES)}, one of "
+            f"{', '.join(_ATTACKS)}, controls, or these joined with +, or zoo/NAME, "
             f"got {variant!r}"
         )
     config = ml_collections.ConfigDict()
@@ -78,17 +89,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         trojan=config_dict.placeholder(ml_collections.ConfigDict),
     )
     config.defense = _section(
-        rows=(
-            "fine_tuning",
-            "fine_pruning",
-            "mode_connectivity",
-            "ft_sam",
-            "ft_sam_kd",
-            "nad",
-            "nad_sam",
-            "nad_sam_kd",
-        ),
-        clean_model_rows=("fine_tuning", "nad"),
+        rows=("fine_tuning", "ft_sam", "nad", "nad_sam_kd"),
+        clean_model_rows=("nad",),
         clean_fraction=0.2,
         validation_fraction=0.1,
         teacher=config_dict.placeholder(str),
@@ -132,6 +134,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         _ATTACKS[attack](config)
         config.attack.name = attack
         config.title += f" ({attack})"
+    if controls:
+        config.defense.rows = (
+            "fine_tuning",
+            "fine_pruning",
+            "mode_connectivity",
+            "ft_sam",
+            "ft_sam_kd",
+            "nad",
+            "nad_sam",
+            "nad_sam_kd",
+        )
+        config.defense.clean_model_rows = ("fine_tuning", "nad")
     return config
 
 

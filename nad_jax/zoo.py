@@ -154,7 +154,7 @@ def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSet
 
     Raises:
       InputError: there is no such victim; or a setting other than the title would be
-        dropped that is neither the recipe's nor the shipped config's.
+        dropped that is neither the recipe's nor a shipped config's.
     """
     if config.zoo is None:
         return config
@@ -176,11 +176,12 @@ def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSet
         defense=dataclasses.replace(config.defense, clean_model_rows=()),
         victim_workdir=None,
     )
-    shipped = settings.parse(
-        program.shipped_config("nad.py", f"zoo/{config.zoo}").to_dict()
-    )
+    shipped = [
+        settings.parse(program.shipped_config("nad.py", variant).to_dict())
+        for variant in (f"zoo/{config.zoo}", f"zoo/{config.zoo}+controls")
+    ]
     named_alike = dataclasses.replace(config, title=resolved.title)
-    given, *kept = map(dataclasses.asdict, (named_alike, shipped, resolved))
+    given, *kept = map(dataclasses.asdict, (named_alike, *shipped, resolved))
     if dropped := _values_beside(given, kept):
         raise errors.InputError(
             f"the victim {config.zoo} of the zoo brings its own data, model and "

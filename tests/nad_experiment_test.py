@@ -27,7 +27,8 @@ ATTACKS = ("badnets", "trojan", "blend", "clean_label", "sig", "refool", "wanet"
 
 
 @pytest.mark.parametrize(
-    "variant", ["", "smoke", "cifar10", *ATTACKS, "cifar10+sig", "wanet+smoke"]
+    "variant",
+    ["", "smoke", "cifar10", *ATTACKS, "cifar10+sig", "wanet+smoke", "controls"],
 )
 def test_every_variant_is_valid_and_names_every_setting(variant):
     """So no default of a repair lives in two places."""
@@ -70,7 +71,6 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
         (("defense", "rows"), ("nad", "nad"), "defense.rows must be all different"),
         (("defense", "nad", "betas"), {}, "betas must be numbers >= 0 by stage"),
         (("defense", "nad", "betas"), {"stage1": -1.0}, "betas must be numbers >= 0"),
-        (("defense", "validation_fraction"), 0.0, "above 0 for fine_pruning, mode_con"),
     ],
 )
 def test_a_wrong_setting_is_named(path, value, message):
@@ -90,6 +90,10 @@ def test_held_out_images_may_be_missing_where_nothing_is_decided():
         "validation_fraction": 0.0,
     }
     assert settings.parse(mapping).defense.validation_fraction == 0.0
+    every = _config("controls")
+    every["defense"]["validation_fraction"] = 0.0
+    with pytest.raises(errors.InputError, match="above 0 for fine_pruning, mode_con"):
+        settings.parse(every)
     for changed in ({"patience": 3}, {"rows": ("mode_connectivity",)}):
         other = {**mapping, "defense": {**mapping["defense"], **changed}}
         with pytest.raises(errors.InputError, match="decide on held-out images"):
@@ -105,11 +109,30 @@ def test_curves_are_of_one_student():
         settings.parse(mapping)
 
 
-@pytest.mark.parametrize("variant", ["smoke+cifar10", "blend+sig", "smoke/blend"])
+def test_the_controls_are_every_row_on_any_data_and_attack():
+    plain, every = _config("cifar10+sig"), _config("controls+sig+cifar10")
+    assert set(every["defense"]["rows"]) == set(settings.REPAIRS)
+    assert set(plain["defense"]["rows"]) < set(every["defense"]["rows"])
+    for rows in ("rows", "clean_model_rows"):
+        every["defense"][rows] = plain["defense"][rows]
+    assert every == plain
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["smoke+cifar10", "blend+sig", "smoke/blend", "controls+controls", "none+blend"],
+)
 def test_a_variant_that_is_none_says_what_there_is(variant, capsys):
     assert main.main(["main", f"--config={CONFIG}:{variant}"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "badnets, trojan" in said and variant in said
+
+
+@pytest.mark.parametrize("change", ["blend", "controls+controls", "smoke", ""])
+def test_a_victim_of_the_zoo_takes_no_other_variant(change, capsys):
+    assert main.main(["main", f"--config={CONFIG}:zoo/digits-blend+{change}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "zoo/NAME+controls, got" in said
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_repairs_that_can_be_are_not_refused():
         ({"teacher": _net(4, 2, 1)}, "'stage3' of the teacher is .1, 1, 2."),
         ({"teacher": _net(4, 2, 3)}, "teacher has a map of .3, 3., of the victim"),
         (
-            {"clean_fraction": 0.1},
+            {"clean_fraction": 0.1, "rows": settings.REPAIRS},
             "clean_fraction 0.1 and validation_fraction 0.1 leave none of 5 clean "
             "images held out for fine_pruning, mode_connectivity.positions",
         ),

@@ -178,7 +178,7 @@ def test_an_attack_that_cannot_be_is_refused(variant, changes, words):
     [
         ("nad.py:smoke", ["attack.trigger.name=nope"], "trigger.name must be of"),
         (
-            "nad.py:smoke",
+            "nad.py:smoke+controls",
             ["defense.clean_fraction=0.003"],
             "none of 4 clean images held out for fine_pruning, mode_connectivity",
         ),

@@ -312,7 +312,7 @@ def test_a_run_takes_the_recipe_of_its_victim(filled, monkeypatch):
         ("victim.epochs", 3),
         ("data.image_size", 8),
         ("victim_workdir", "/nonexistent"),
-        ("defense.clean_model_rows", ("nad",)),
+        ("defense.clean_model_rows", ("ft_sam",)),
     ],
 )
 def test_a_setting_that_would_be_dropped_is_refused(key, value, tmp_path, capsys):
@@ -332,6 +332,18 @@ def test_a_trigger_of_ones_own_config_is_refused():
     sections.attack.trigger.alpha = 0.1
     with pytest.raises(errors.InputError, match="config.attack.trigger.*alpha=0.1"):
         zoo.resolve(settings.parse(sections.to_dict()))
+
+
+def test_a_victim_of_the_zoo_can_be_given_every_control():
+    sections = main.shipped_config("nad.py", "zoo/digits-blend+controls")
+    every = zoo.resolve(settings.parse(sections.to_dict()))
+    assert set(every.defense.rows) == set(settings.REPAIRS)
+    assert every.defense.clean_model_rows == ()
+    short = zoo.resolve(
+        settings.parse(main.shipped_config("nad.py", "zoo/digits-blend").to_dict())
+    )
+    defense = dataclasses.replace(every.defense, rows=short.defense.rows)
+    assert dataclasses.replace(every, defense=defense) == short
 
 
 def test_what_is_the_recipes_or_the_defenders_may_be_said():
