@@ -65,7 +65,7 @@ def _one_line(raised: pytest.ExceptionInfo) -> str:
 @pytest.mark.parametrize("image_size", [None, 5])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_images_in_files_are_those_in_memory(kind, image_size, tmp_path):
-    """All of them, any rows of them, and in the hands of another process."""
+    """All of them, any rows of them or none, and in the hands of another process."""
     place = _write(kind, tmp_path)
     whole = sources.load(**place, split="train", image_size=image_size)
     data = _open(place, image_size=image_size)
@@ -78,6 +78,9 @@ def test_images_in_files_are_those_in_memory(kind, image_size, tmp_path):
     rows = np.array([9, 0, 9, 3])
     np.testing.assert_array_equal(data.images[rows], whole.images[rows])
     np.testing.assert_array_equal(data.images[2:11:3], whole.images[2:11:3])
+    for none in (rows[:0], slice(4, 4)):
+        assert data.images[none].dtype == np.uint8
+        assert data.images[none].shape == whole.images[none].shape
     np.testing.assert_array_equal(data.take(rows).images, whole.images[rows])
     reader = pickle.loads(pickle.dumps(data.images.reader))
     assert reader.identity == _open(place, image_size=image_size).images.reader.identity
