@@ -6,8 +6,8 @@
 
 A cell is "ACC / ASR" of the backdoored model in per cent, means over seeds, and the
 worst ASR of any seed in parentheses where there are several; a dash where a report has
-no such row. Reports of one config but for their seeds share a line if they ran on
-equally many devices; folders and commits may differ.
+no such row. Reports of other seeds of one experiment (`tables.experiment_key`) share a
+line.
 
 Of roundings, "accepted" counts the seeds whose attack was what it claims to be
 (`nad_jax.acceptance`), of those that were judged, and the last column is the clean
@@ -17,7 +17,6 @@ the attacks, with the worst mean ASR of any attack, and the mean DER
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -42,9 +41,6 @@ _KINDS: dict[str, tuple[str, tuple[str, ...], bool]] = {
         False,
     ),
 }
-
-# Parts of a config that may differ between runs of one experiment.
-_PER_RUN = ("seeds", "victim_workdir")
 
 
 def attack_table(
@@ -112,13 +108,7 @@ def _joined(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Reports, those that differ in their seeds alone as one with all of their rows."""
     joined: dict[str, dict[str, Any]] = {}
     for report in reports:
-        # Where files lie is no part of an experiment.
-        config = {k: v for k, v in report["config"].items() if k not in _PER_RUN}
-        if "data" in config:
-            config["data"] = {**config["data"], "data_dir": None}
-        # Their number decides outcomes near a threshold, by the order of float sums.
-        devices = len(report.get("devices", ()))
-        key = json.dumps([report["attack"], devices, config], sort_keys=True)
+        key = tables.experiment_key(report)
         if key not in joined:
             judged = report.get("acceptance", ())
             joined[key] = {**report, "acceptance": list(judged)}

@@ -5,11 +5,12 @@ The tables of the README are printed by this module, never typed:
 
     python -m nad_jax.report.tables results/efrap/*.json
 
-Files whose configurations differ only in the seed and the output folder are seeds of
-one experiment and are merged into one table; other files get tables of their own.
+Files that hold other seeds of one experiment (`experiment_key`) are merged into one
+table; other files get tables of their own.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +27,11 @@ _TWO_DECIMALS_FROM = 2000
 ASLEEP_ASR = 0.05
 AWAKE_ASR = 0.5
 
-# Configuration keys that may differ between the seeds of one experiment.
-_RUN_KEYS = frozenset({"seed", "seeds", "workdir"})
+# What may differ between runs of one experiment, of a configuration and of its `data`:
+# seeds, where files lie, how images are read. Deeper keys of these names are other
+# things: a trigger's `seed` draws another trigger.
+_RUN_KEYS = frozenset({"seed", "seeds", "workdir", "victim_workdir"})
+_DATA_RUN_KEYS = frozenset({"data_dir", "loader", "workers"})
 
 _KINDS = {
     "float": ("Float", "the network as handed over, before anything is done to it"),
@@ -411,23 +415,23 @@ def markdown_table(
     """Markdown table of the rows of all reports, seeds merged.
 
     Args:
-      reports: Reports of one configuration, or of several.
+      reports: Reports of one experiment, or of several.
       decimals: Decimals of per cent figures; None lets the number of images decide.
       caption: Whether a line below the table says what the numbers are shares of.
 
     Returns:
-      One table per configuration, "mean ± sample standard deviation" where there are
+      One table per experiment, "mean ± sample standard deviation" where there are
       several seeds. Ends with a newline.
 
     Raises:
       InputError: If there is no report, one is damaged, or two of the same
-        configuration hold the same seed.
+        experiment hold the same seed.
     """
     if not reports:
         raise InputError("no report was given; a table needs at least one")
     for report in reports:
         schema.validate(report)
-    experiments = group_by_config(reports)
+    experiments = _group_by_experiment(reports)
     blocks = []
     for experiment in experiments:
         rows = [
@@ -446,28 +450,32 @@ def markdown_table(
     return "\n".join(blocks)
 
 
-def group_by_config(
+def experiment_key(report: Mapping[str, Any]) -> str:
+    """The same for reports that may be read as seeds of one experiment, else another.
+
+    The number of devices is part of it: by the order of float sums it decides outcomes
+    near a threshold.
+    """
+    return json.dumps([report.get("attack"), _setup(report)], sort_keys=True)
+
+
+def _group_by_experiment(
     reports: Iterable[Mapping[str, Any]],
 ) -> list[list[Mapping[str, Any]]]:
-    """Reports whose configurations agree up to seed and folder, in first-seen order."""
-    groups: list[tuple[Any, list[Mapping[str, Any]]]] = []
+    """Reports of equal `experiment_key`, in first-seen order."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
-        config = _without_run_keys(report["config"])
-        for other, members in groups:
-            if other == config:
-                members.append(report)
-                break
-        else:
-            groups.append((config, [report]))
-    return [members for _, members in groups]
+        groups.setdefault(experiment_key(report), []).append(report)
+    return list(groups.values())
 
 
-def _without_run_keys(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_run_keys(v) for k, v in value.items() if k not in _RUN_KEYS}
-    if isinstance(value, list | tuple):
-        return [_without_run_keys(item) for item in value]
-    return value
+def _setup(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration without what may differ between runs, and the number of devices."""
+    config = {k: v for k, v in report["config"].items() if k not in _RUN_KEYS}
+    data = config.get("data")
+    if isinstance(data, Mapping):
+        config["data"] = {k: v for k, v in data.items() if k not in _DATA_RUN_KEYS}
+    return {**config, "devices": len(report.get("devices", ()))}
 
 
 def _cells(group: schema.Aggregate, decimals: int) -> list[str]:
@@ -511,8 +519,7 @@ def _caption(groups: Sequence[schema.Aggregate]) -> str:
 
 def _table_title(report: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     """Title of the table and what sets its configuration apart from the first."""
-    mine = dict(_leaves(_without_run_keys(report["config"])))
-    theirs = dict(_leaves(_without_run_keys(first["config"])))
+    mine, theirs = dict(_leaves(_setup(report))), dict(_leaves(_setup(first)))
     keys = [key for key in mine if key not in theirs or mine[key] != theirs[key]]
     difference = ", ".join(f"{key}={mine[key]}" for key in keys)
     title = f"**{_escape(report.get('title') or 'Report')}**"

@@ -202,6 +202,42 @@ def test_configs_that_differ_get_tables_of_their_own_that_say_how():
     assert "(defense.weight_bits=3)" in text
 
 
+def test_runs_of_one_experiment_share_a_table_wherever_their_files_lie():
+    def tables_of(*changes):
+        reports = [
+            {
+                **_report(
+                    [_row("efrap", 0.0, seed=seed)],
+                    config={"seed": seed, "data": {"name": "digits"}, **change},
+                ),
+                "devices": ["cpu"] * devices,
+            }
+            for seed, (devices, change) in enumerate(changes)
+        ]
+        assert len({*map(tables.experiment_key, reports)}) in (1, len(reports))
+        return tables.markdown_table(reports)
+
+    plain = (1, {})
+    for same in (
+        {"victim_workdir": "x", "workdir": "y"},
+        {"data": {"name": "digits", "data_dir": "x", "loader": "stream", "workers": 2}},
+    ):
+        assert tables_of(plain, (1, same)).count("| Model |") == 1
+    assert "(data.name=cifar10)" in tables_of(plain, (1, {"data": {"name": "cifar10"}}))
+    assert "(devices=2)" in tables_of(plain, (2, {}))
+
+
+def test_triggers_of_two_seeds_are_not_seeds_of_one_experiment():
+    def report(seed):
+        trigger = {"name": "noise", "options": {"seed": seed}}
+        config = {"seeds": [seed], "attack": {"trigger": trigger}}
+        return _report([_row("efrap", 0.0, seed=seed)], config=config)
+
+    text = tables.markdown_table([report(0), report(1)])
+    assert text.count("| Model |") == 2
+    assert "(attack.trigger.options.seed=1)" in text
+
+
 def test_the_same_seed_in_two_files_is_refused():
     report = _report([_row("efrap", 0.0)])
     with pytest.raises(InputError, match="twice"):
