@@ -12,8 +12,7 @@ import pytest
 from nad_jax import roundings, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
-from nad_jax.defenses import flip_weight_choice
-from nad_jax.defenses import quantized_module
+from nad_jax.defenses import flip_weight_choice, quantized_module
 from nad_jax.report import schema
 
 COUNT = 40
