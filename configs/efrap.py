@@ -73,7 +73,7 @@ def _digits(attack):
         label_mode="all_to_one",
         weight_bits=(4,),
         grid=_grid(),
-        fold_batch_norm=False,
+        fold_batch_norm=config_dict.placeholder(bool),
         quantize_activations=False,
         recipe=_section(),
     )
@@ -369,7 +369,6 @@ def _authors_of_compartifact(config):
     config.attack.target_label = 1
     config.attack.weight_bits = (8,)
     config.attack.grid.preset = "pytorch_qnnpack"
-    config.attack.fold_batch_norm = True
     config.attack.recipe.first_quantized_layer = "layer4_0/conv1"
     config.attack.recipe.training.update(epochs=35, milestones=(20,))
 

@@ -134,7 +134,7 @@ def set_scene(
             layers,
             roundings.weight_specs(bits, attack.grid, layers),
             bits,
-            attack.fold_batch_norm,
+            attack.folds_batch_norm,
             attack.quantize_activations,
         )
         for bits in attack.weight_bits

@@ -258,13 +258,7 @@ class EarlierRun:
                 f"{config.job}, got {earlier.job}"
             )
         for section in ("data", "model", "victim", "attack"):
-            was, now = (
-                dataclasses.asdict(getattr(run, section)) for run in (earlier, config)
-            )
-            for mapping in (was, now):
-                # Data may have moved, and be read otherwise, with the same result.
-                for key in ("data_dir", "loader", "workers"):
-                    mapping.pop(key, None)
+            was, now = (_of_models(getattr(run, section)) for run in (earlier, config))
             if was != now:
                 section_name = f"config.{section}"
                 differences = workdir_lib.config_differences(was, now, section_name)
@@ -308,6 +302,18 @@ class EarlierRun:
         self._workdir.check_input(f"{name} of victim_workdir", _tree_digest(result))
         self._workdir.note_origins(str(folder), metadata.get("made_by", [None]))
         return result
+
+
+def _of_models(section: Any) -> dict[str, Any]:
+    """What of a section decides how models come out."""
+    mapping = dataclasses.asdict(section)
+    # Data may have moved, and be read otherwise, with the same result.
+    for key in ("data_dir", "loader", "workers"):
+        mapping.pop(key, None)
+    if isinstance(section, settings.AttackSettings):
+        # The grid's own choice is the same in so many words.
+        mapping["fold_batch_norm"] = section.folds_batch_norm
+    return mapping
 
 
 def _tree_digest(tree: Any) -> str:

@@ -54,6 +54,22 @@ def test_models_of_another_config_are_refused(section, change, words, tmp_path):
     workdir.close()
 
 
+def test_models_are_the_same_where_the_grid_says_what_a_config_said(tmp_path):
+    """Configs of older runs say False where None is the grid's own choice."""
+    told = dataclasses.asdict(_config())
+    told["attack"]["fold_batch_norm"] = False
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(told))
+    workdir = workdir_lib.Workdir(tmp_path / "now", {})
+    config = _config(victim_workdir=str(tmp_path / "earlier"))
+    assert config.attack.fold_batch_norm is None
+    pipeline.EarlierRun(config, workdir)
+    folding = dataclasses.replace(config.attack, fold_batch_norm=True)
+    with pytest.raises(errors.InputError, match="fold_batch_norm was False, now True"):
+        pipeline.EarlierRun(dataclasses.replace(config, attack=folding), workdir)
+    workdir.close()
+
+
 def test_efrap_may_cost_exactly_its_limit():
     """0.856 - 0.846 is a little above 0.01."""
 

@@ -209,9 +209,27 @@ def test_a_grid_is_a_preset_and_what_is_different_about_it():
     assert not _read(config).defense.folds_batch_norm
 
 
-def test_the_grid_of_the_shipped_config_is_the_plain_one():
-    assert _read(_config()).defense.grid.grid() == grids.GRIDS["plain"]
-    assert not _read(_config()).defense.folds_batch_norm
+@pytest.mark.parametrize("side", ["attack", "defense"])
+def test_batch_norm_is_folded_as_the_grid_has_it_unless_told(side):
+    config = _config()
+    config[side]["grid"]["preset"] = "pytorch_fbgemm"
+    assert getattr(_read(config), side).folds_batch_norm is True
+    config[side]["fold_batch_norm"] = False
+    assert getattr(_read(config), side).folds_batch_norm is False
+    config[side].update(fold_batch_norm=True, grid={"preset": "plain"})
+    assert getattr(_read(config), side).folds_batch_norm is True
+
+
+def test_the_published_grid_of_compartifact_folds():
+    attack = _read(_config(variant="cifar10+authors+compartifact")).attack
+    assert attack.folds_batch_norm and not attack.grid.grid().per_channel
+
+
+@pytest.mark.parametrize("side", ["attack", "defense"])
+def test_the_grids_of_the_shipped_config_are_the_plain_one(side):
+    shipped = getattr(_read(_config()), side)
+    assert shipped.grid.grid() == grids.GRIDS["plain"]
+    assert shipped.folds_batch_norm is False
 
 
 def test_flips_at_the_rate_of_efrap_come_after_it():

@@ -15,8 +15,8 @@ A module may merge positions into the batch axis, in front of a layer, as long a
 rows of one copy stay together: axis 0 is read as [image, copy, row].
 
 The authors' grid is per tensor and symmetric on kernels with BatchNorm folded in
-(`config.attack.grid.per_channel=False`, `config.attack.fold_batch_norm=True`). Their
-ResNet-18 leaves the first layers of path Q in float: `first_quantized_layer`.
+(`config.attack.grid.preset=pytorch_qnnpack`). Their ResNet-18 leaves the first layers
+of path Q in float: `first_quantized_layer`.
 
 References:
   Tian, Suya, Xu, Evans, "Stealthy Backdoors as Compression Artifacts", IEEE TIFS 2022.

@@ -159,7 +159,8 @@ class AttackSettings:
       label_mode: "all_to_one" or "all_to_all".
       weight_bits: Width at which the backdoor is to wake; several at once may do.
       grid: The attacker's idea of the victim's grid.
-      fold_batch_norm: Whether it is a grid of kernels with BatchNorm folded in.
+      fold_batch_norm: Whether it is a grid of kernels with BatchNorm folded in; None =
+        as the grid has it.
       quantize_activations: Whether layer inputs are expected to be quantized, too, at
         the same width and between the extremes of each batch.
     """
@@ -171,7 +172,7 @@ class AttackSettings:
     label_mode: str = "all_to_one"
     weight_bits: tuple[int, ...] = (4,)
     grid: GridSettings = dataclasses.field(default_factory=GridSettings)
-    fold_batch_norm: bool = False
+    fold_batch_norm: bool | None = None
     quantize_activations: bool = False
 
     def __post_init__(self):
@@ -191,6 +192,11 @@ class AttackSettings:
                 f"{self.grid.act_range_method!r}"
             )
         check(self, "target_label", self.target_label >= 0, ">= 0")
+
+    @property
+    def folds_batch_norm(self) -> bool:
+        """What `fold_batch_norm` comes to."""
+        return self.grid.folds_batch_norm(self.fold_batch_norm)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,6 +149,10 @@ class GridSettings:
         }
         return dataclasses.replace(grids.GRIDS[self.preset], **changes)
 
+    def folds_batch_norm(self, wanted: bool | None) -> bool:
+        """Whether BatchNorm is folded in: as wanted; None = as the name says."""
+        return self.grid().fold_batch_norm if wanted is None else wanted
+
 
 @dataclasses.dataclass(frozen=True)
 class TriggerSettings:

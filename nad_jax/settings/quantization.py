@@ -174,9 +174,7 @@ class EfrapSettings:
     @property
     def folds_batch_norm(self) -> bool:
         """What `fold_batch_norm` comes to."""
-        if self.fold_batch_norm is None:
-            return self.grid.grid().fold_batch_norm
-        return self.fold_batch_norm
+        return self.grid.folds_batch_norm(self.fold_batch_norm)
 
 
 @dataclasses.dataclass(frozen=True)
