@@ -62,7 +62,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.seeds = (0,)
     config.victim_workdir = config_dict.placeholder(str)
     config.zoo = config_dict.placeholder(str)
-    config.curves = False
+    # ACC and ASR after every epoch, for the page.
+    config.curves = True
 
     config.data = _section(
         # Shipped inside scikit-learn: 1,297 training and 500 test images.
@@ -164,6 +165,8 @@ def _make_smoke(config):
 
 def _make_cifar10(config):
     config.title = "CIFAR-10: a poisoned model and its repair"
+    # Of 10,000 test images: as long as the epoch.
+    config.curves = False
     config.data.name = "cifar10"
     config.data.image_size = config_dict.placeholder(int)
     config.model.name = "wrn_16_1"

@@ -169,7 +169,8 @@ def _with_rows(
     defense = dataclasses.replace(config.defense, rows=rows, clean_model_rows=())
     if clean_fraction is not None:
         defense = dataclasses.replace(defense, clean_fraction=clean_fraction)
-    return dataclasses.replace(config, defense=defense)
+    # Nobody looks at the page of a cell.
+    return dataclasses.replace(config, defense=defense, curves=False)
 
 
 def _run(

@@ -145,7 +145,9 @@ def run_stage(
 
         def on_epoch(variables, metrics):
             if evaluate is not None:
-                rates = evaluate(variables)
+                # No part of the repair, so not of its seconds.
+                with workdir.timed("evaluate"):
+                    rates = evaluate(variables)
                 metrics = {**metrics, "acc": rates["acc"], "asr": rates["asr"]}
             workdir.record("epoch", stage=stage, **metrics)
             progress.advance(f"loss {metrics['loss']:.4f}")
@@ -175,7 +177,7 @@ class Stages:
         patient: Patient,
         evaluate: Callable[[Any], dict[str, Any]] | None = None,
     ):
-        """`evaluate`: rates of variables, to be recorded after each epoch."""
+        """`evaluate`: rates of variables, to be recorded after each epoch of a row."""
         self._evaluate = evaluate
         self._defense = defense
         self._workdir = workdir
@@ -252,8 +254,12 @@ class Stages:
         if name in self._done:
             return self._done[name]
         patient = self._patient
-        # Of the curve of connectivity only a point is ever used.
-        evaluate = None if name == "mode_connectivity" else self._evaluate
+        # Its epochs are not those of one net that becomes the row's: the teacher has no
+        # row, of connectivity only a point is used, of several students only one.
+        is_other = name in ("teacher", "mode_connectivity") or (
+            name.startswith("nad") and len(self._defense.nad.beta_factors) > 1
+        )
+        evaluate = None if is_other else self._evaluate
         self._done[name] = run_stage(
             self._workdir,
             f"seed{patient.seed}-{patient.name}-{name}",

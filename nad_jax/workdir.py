@@ -57,18 +57,18 @@ class _Stage:
     Attributes:
       name: Folder under checkpoints/.
       start: Length of metrics.jsonl when it began, in bytes.
-      lines: What it has added since, in this run or in those it continues.
-      seconds: Spent by the runs it continues.
       began: When this run began it, by `time.perf_counter`.
+      lines: What it has added since, in this run or in those it continues.
+      seconds: Spent by the runs it continues, less what was timed apart.
       parts: Names of its trainings so far.
       made_by: Origins of the runs it continues.
     """
 
     name: str
     start: int
+    began: float
     lines: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
-    began: float = dataclasses.field(default_factory=time.perf_counter)
     parts: set[str] = dataclasses.field(default_factory=set)
     made_by: list[Any] = dataclasses.field(default_factory=list)
 
@@ -237,13 +237,18 @@ class Workdir:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the wall time of the block to `seconds[stage]`."""
+        """Adds the wall time of the block to `seconds[stage]`.
+
+        Inside of an open stage, that one is not charged for it.
+        """
         started = time.perf_counter()
         try:
             yield
         finally:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            if self._stage is not None:
+                self._stage.seconds -= spent
 
     def stage(
         self,
@@ -297,7 +302,8 @@ class Workdir:
         if self._stage is not None:
             raise RuntimeError(f"stage {name} inside of stage {self._stage.name}")
         self._begin_metrics()
-        self._stage = _Stage(name, self._metrics.tell() if self._metrics else 0)
+        start = self._metrics.tell() if self._metrics else 0
+        self._stage = _Stage(name, start, began=time.perf_counter())
         try:
             yield self._stage
         finally:

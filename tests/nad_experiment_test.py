@@ -100,15 +100,6 @@ def test_held_out_images_may_be_missing_where_nothing_is_decided():
             settings.parse(other)
 
 
-def test_curves_are_of_one_student():
-    mapping = _config()
-    mapping["curves"] = True
-    settings.parse(mapping)
-    mapping["defense"]["nad"]["beta_factors"] = (0.5, 1.0)
-    with pytest.raises(errors.InputError, match="beta_factors must be one number"):
-        settings.parse(mapping)
-
-
 def test_the_controls_are_every_row_on_any_data_and_attack():
     plain, every = _config("cifar10+sig"), _config("controls+sig+cifar10")
     assert set(every["defense"]["rows"]) == set(settings.REPAIRS)
@@ -150,7 +141,7 @@ def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
     """Rows of both models, the index file, and stages that are not repeated."""
     wanted = ("fine_tuning", "mode_connectivity", "nad")
     command = ["main", f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'run'}"]
-    command += ["--config.curves=True", f"--config.defense.rows={wanted!r}"]
+    command += [f"--config.defense.rows={wanted!r}"]
     command.append("--config.defense.clean_model_rows=('fine_tuning',)")
     assert main.main(command) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))

@@ -289,7 +289,8 @@ def test_lines_of_metrics_tell_students_apart(tmp_path, monkeypatch, factors):
         monkeypatch.setattr(
             repairs.Stages, "teacher", lambda self: (self._patient.net, 0.0)
         )
-        repairs.Stages(defense, workdir, patient).repair("nad")
+        rates = {"acc": 1.0, "asr": 0.0}
+        repairs.Stages(defense, workdir, patient, lambda _: rates).repair("nad")
 
     def vet(workdir):
         monkeypatch.setattr(
@@ -311,6 +312,11 @@ def test_lines_of_metrics_tell_students_apart(tmp_path, monkeypatch, factors):
             for i in range(epochs)
         ]
         assert totals.pop() == len(told)
+        # Of several students no curve would be that of the row.
+        shown = job is repair and not several
+        assert [line.get("asr") for line in told] == [0.0 if shown else None] * len(
+            told
+        )
 
 
 class _NoProgress:

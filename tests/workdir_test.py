@@ -223,6 +223,26 @@ def test_lines_of_a_restored_stage_stand_where_they_stood(tmp_path):
         assert [json.loads(line)["kind"] for line in lines] == ["row", "epoch", "row"]
 
 
+def test_a_stage_is_not_charged_for_what_is_timed_apart(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(workdir.time, "perf_counter", lambda: now)
+
+    def compute():
+        nonlocal now
+        now += 3.0
+        with run.timed("evaluate"):
+            now += 20.0
+        now += 1.0
+        return np.ones(1)
+
+    run = workdir.Workdir(tmp_path, {})
+    with run.timed("evaluate"):
+        now += 100.0
+    run.stage("work", np.zeros(1), compute)
+    run.close()
+    assert run.seconds == {"evaluate": 120.0, "work": 4.0}
+
+
 def test_a_commit_brings_lines_and_seconds_back(tmp_path):
     """Lines after it are cut; parts that follow see those of the parts before."""
     like = np.zeros(1)

@@ -76,8 +76,8 @@ class NadExperimentSettings:
       victim_workdir: Workdir of an earlier run whose models are used instead of
         training new ones; None = train.
       zoo: Name of a victim of the zoo that is used instead (`nad_jax.zoo`).
-      curves: Measure every repair after every epoch with test images, for display; the
-        seconds of the rows then hold that, too.
+      curves: Measure every repair that trains one net after every epoch with test
+        images, for display.
       job: "nad".
     """
 
@@ -96,11 +96,6 @@ class NadExperimentSettings:
     def __post_init__(self):
         check_name(self, "job", ("nad",))
         check_seeds(self)
-        if self.curves and len(self.defense.nad.beta_factors) > 1:
-            raise InputError(
-                "curves are of one student each; with them, defense.nad.beta_factors "
-                f"must be one number, got {self.defense.nad.beta_factors}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
