@@ -269,7 +269,7 @@ def _make_controls(config):
         "gptq",
         "reconstruction",
     )
-    betas = _section(stage1=25.0, stage2=50.0, stage3=50.0)
+    betas = _betas(stage1=25.0, stage2=50.0, stage3=50.0)
     training = _training(
         epochs=20,
         batch_size=32,
@@ -394,6 +394,12 @@ def _stages(config):
 
 def _section(**values):
     return ml_collections.ConfigDict(values)
+
+
+def _betas(**values):
+    """With a place for every stage of the deepest net there is, vit_b_16."""
+    betas = {f"stage{i}": config_dict.placeholder(float) for i in range(1, 13)}
+    return _section(**betas | values)
 
 
 def _grid():

@@ -111,7 +111,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         nad=_section(
             # The published 500, 1000, 1000 per pixel belong to maps with 4 times as
             # many pixels; on these they overwhelm the labels.
-            betas=_section(stage1=25.0, stage2=50.0, stage3=50.0),
+            betas=_betas(stage1=25.0, stage2=50.0, stage3=50.0),
             beta_unit="mean_square",
             p=2.0,
             reduction="sum",
@@ -253,6 +253,12 @@ _ATTACKS = {
 
 def _section(**values):
     return ml_collections.ConfigDict(values)
+
+
+def _betas(**values):
+    """With a place for every stage of the deepest net there is, vit_b_16."""
+    betas = {f"stage{i}": config_dict.placeholder(float) for i in range(1, 13)}
+    return _section(**betas | values)
 
 
 def _training(**values):

@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         steps_per_dispatch=1,
     )
     config.nad = _section(
-        betas=_section(stage1=500.0, stage2=1000.0, stage3=1000.0),
+        betas=_betas(stage1=500.0, stage2=1000.0, stage3=1000.0),
         beta_unit="mean_square",
         p=2.0,
         reduction="sum",
@@ -100,3 +100,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 def _section(**values):
     return ml_collections.ConfigDict(values)
+
+
+def _betas(**values):
+    """With a place for every stage of the deepest net there is, vit_b_16."""
+    betas = {f"stage{i}": config_dict.placeholder(float) for i in range(1, 13)}
+    return _section(**betas | values)

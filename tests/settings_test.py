@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from nad_jax import errors, settings
+from nad_jax import errors, models, settings
 from nad_jax.core import grids
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -170,6 +170,37 @@ def test_a_bad_value_is_refused_by_name(path, value, message):
         _read(config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "variant", "sections"),
+    [
+        ("nad.py", "", ("defense",)),
+        ("efrap.py", "controls", ("repairs",)),
+        ("vet.py", "", ()),
+    ],
+)
+def test_every_stage_has_a_place_for_a_beta_and_only_named_ones_count(
+    file, variant, sections
+):
+    mapping = _config(file, variant)
+    mapping["checkpoint" if file == "vet.py" else "title"] = "x"
+
+    def nad_of(tree, get):
+        for name in (*sections, "nad"):
+            tree = get(tree, name)
+        return tree
+
+    betas = nad_of(mapping, dict.__getitem__)["betas"]
+    deepest = models.build("vit_b_16", num_classes=10).depth
+    assert sorted(betas) == sorted(f"stage{i + 1}" for i in range(deepest))
+    named = ["stage1", "stage2", "stage3"]
+    assert sorted(nad_of(settings.parse(mapping), getattr).betas) == named
+    betas["stage4"] = 50
+    assert nad_of(settings.parse(mapping), getattr).betas["stage4"] == 50.0
+    betas["stage4"] = "much"
+    with pytest.raises(errors.InputError, match="nad.betas.stage4 must be float"):
+        settings.parse(mapping)
 
 
 @pytest.mark.parametrize("job", ["vet", "audit", "inspect"])

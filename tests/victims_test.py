@@ -187,6 +187,16 @@ def test_an_attack_that_cannot_be_is_refused(variant, changes, words):
             ["repairs.clean_fraction=0.003", "repairs.rows=('fine_pruning',)"],
             "none of 4 clean images held out for fine_pruning",
         ),
+        (
+            "nad.py:smoke",
+            ["defense.nad.betas.stage4=50"],
+            "must name stages of stage1, stage2, stage3, got stage4",
+        ),
+        (
+            "efrap.py:controls+smoke",
+            ["repairs.nad.betas.stage12=50"],
+            "must name stages of stage1, stage2, stage3, got stage12",
+        ),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_all(

@@ -90,6 +90,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_convert(item, v, where) for v in value)
         return (_convert(item, value, where),)
+    item = typing.get_args(hint)[1] if origin is Mapping else Any
+    if item is not Any and isinstance(value, Mapping):
+        # None is a placeholder that nobody has filled.
+        return {
+            key: _convert(item, one, f"{where}.{key}")
+            for key, one in value.items()
+            if one is not None
+        }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

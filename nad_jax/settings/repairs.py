@@ -45,7 +45,8 @@ class NadSettings:
     """The attention term (`nad_jax.defenses.nad`).
 
     Attributes:
-      betas: Stage name to weight; stages that are not named are left alone.
+      betas: Stage name to weight; stages that are not named, or None in a config, are
+        left alone.
       beta_unit: "mean_square" per pixel, as in the public code, or "squared_distance"
         of whole maps.
       p: Power of the attention map.
