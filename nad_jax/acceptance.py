@@ -5,6 +5,8 @@ A defence that "works" on a backdoor which never woke, or which was awake in flo
 already, shows nothing; nor does one that owes its success to a change of grid. So every
 report states: how accurate the backdoored float model is, that it sleeps, and that it
 wakes to nearest rounding both on the grid it was trained for and on the defender's.
+Where these are one grid, it is measured once and the report says so. Where the grids of
+layer inputs depend on calibration images, it must wake with others, too.
 """
 
 import functools
@@ -26,6 +28,9 @@ from nad_jax.training import evaluation
 DORMANT_ASR = 0.02
 AWAKE_ASR = 0.95
 ACCURACY_COST = 0.02
+# Of rounding to nearest on the attacker's own grid. The published attacks lose up to
+# 7.5 points at four bits.
+ROUNDING_COST = 0.08
 # Distance to a tie, in steps, below which a weight counts as near it.
 NEAR_TIE = 0.05
 
@@ -94,8 +99,9 @@ def accept(
     seed: int,
     clean: schema.Row,
     backdoored: schema.Row,
-    own: Mapping[int, Mapping[str, Any]],
+    own: Mapping[int, Mapping[str, Any] | None],
     nearest: schema.Row | None,
+    recalibrated: Mapping[str, Any] | None,
     near_ties: Mapping[str, float],
 ) -> dict[str, Any]:
     """The facts of one seed, as a report's `acceptance` holds them.
@@ -104,24 +110,29 @@ def accept(
       seed: Of the run.
       clean: The clean model in float.
       backdoored: The backdoored model in float.
-      own: Width -> rates on the attacker's own grid, to nearest.
-      nearest: The same on the defender's grid; None if that row was not asked for.
-      near_ties: "backdoored" and "clean" -> share of weights near a tie.
+      own: Width -> rates on the attacker's own grid, to nearest, and there
+        `near_tie_share`, as `near_ties`; None = that grid is the defender's, for which
+        `nearest` must be given.
+      nearest: To nearest on the defender's grid; None if that row was not asked for.
+      recalibrated: Rates as `nearest`, of other calibration images; None if nothing
+        depends on them.
+      near_ties: "backdoored" and "clean" -> share of weights near a tie of the
+        defender's grid.
     """
     facts: dict[str, Any] = {
         "seed": seed,
         "clean_model": {"acc": clean.acc, "asr": clean.asr},
         "float": {"acc": backdoored.acc, "asr": backdoored.asr},
         "own_grid": [
-            {"weight_bits": bits, "acc": rates["acc"], "asr": rates["asr"]}
+            {"weight_bits": bits, "same_grid": True}
+            if rates is None
+            else {
+                "weight_bits": bits,
+                **{key: rates[key] for key in ("acc", "asr", "near_tie_share")},
+            }
             for bits, rates in own.items()
         ],
         "near_tie_share": dict(near_ties),
-    }
-    checks = {
-        "accurate": pipeline.at_most(clean.acc - backdoored.acc, ACCURACY_COST),
-        "dormant_in_float": _asr(backdoored.asr) <= max(DORMANT_ASR, _asr(clean.asr)),
-        "awake_on_own_grid": all(_asr(r["asr"]) >= AWAKE_ASR for r in own.values()),
     }
     if nearest is not None:
         facts["defender_grid"] = {
@@ -129,8 +140,34 @@ def accept(
             "acc": nearest.acc,
             "asr": nearest.asr,
         }
+    if recalibrated is not None:
+        facts["recalibrated"] = {
+            "acc": recalibrated["acc"],
+            "asr": recalibrated["asr"],
+        }
+    on_own = _on_own_grid(facts)
+    checks = {
+        "accurate": pipeline.at_most(clean.acc - backdoored.acc, ACCURACY_COST),
+        "dormant_in_float": _asr(backdoored.asr) <= max(DORMANT_ASR, _asr(clean.asr)),
+        "awake_on_own_grid": all(_asr(rates["asr"]) >= AWAKE_ASR for rates in on_own),
+        "accurate_on_own_grid": all(
+            pipeline.at_most(backdoored.acc - rates["acc"], ROUNDING_COST)
+            for rates in on_own
+        ),
+    }
+    if nearest is not None:
         checks["awake_on_defender_grid"] = _asr(nearest.asr) >= AWAKE_ASR
+    if recalibrated is not None:
+        checks["awake_recalibrated"] = _asr(recalibrated["asr"]) >= AWAKE_ASR
     return {**facts, **checks, "accepted": all(checks.values())}
+
+
+def _on_own_grid(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """ACC and ASR of each of the attacker's grids, wherever they were measured."""
+    return [
+        facts["defender_grid"] if "same_grid" in entry else entry
+        for entry in facts["own_grid"]
+    ]
 
 
 def _asr(value: Any) -> float:
@@ -140,11 +177,13 @@ def _asr(value: Any) -> float:
 
 def claims(facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the report says about it, worst seed first."""
-    own = [entry["asr"] for fact in facts for entry in fact["own_grid"]]
+    own = [rates["asr"] for fact in facts for rates in _on_own_grid(fact)]
+    is_same = all("same_grid" in entry for fact in facts for entry in fact["own_grid"])
+    told = "the same grid as the defender's; " if is_same else ""
     return [
         pipeline.claim(
             f"Nearest rounding on the attacker's own grid wakes it: ASR at least "
-            f"{AWAKE_ASR:.0%} (worst {min(own):.2%})",
+            f"{AWAKE_ASR:.0%} ({told}worst {min(own):.2%})",
             min(own) >= AWAKE_ASR,
         )
     ]

@@ -79,7 +79,7 @@ def run(
                 config, scene, workdir, seed, name, variables, rows, layers
             )
         with workdir.timed("acceptance"):
-            facts.append(_accept(config, scene, seed, clean, backdoored, rows))
+            facts.append(_accept(config, scene, workdir, seed, clean, backdoored, rows))
         if figures is None:
             figures = _draw(scene, [n for n in nets if n[0] == "backdoored"])
     return pipeline.write_report(
@@ -384,7 +384,7 @@ def _mean_counts(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _accept(config, scene, seed, clean, backdoored, rows) -> dict[str, Any]:
+def _accept(config, scene, workdir, seed, clean, backdoored, rows) -> dict[str, Any]:
     """Whether the attack of this seed was what it claims to be."""
     defense = config.defense
     defended_grid = conditioning.ExpectedGrid(
@@ -395,24 +395,51 @@ def _accept(config, scene, seed, clean, backdoored, rows) -> dict[str, Any]:
     )
     of_seed = {(row.model, row.name): row for row in rows if row.seed == seed}
     nearest = of_seed.get(("backdoored", "nearest"))
-    own = {}
+    victims = {"backdoored": backdoored, "clean": clean}
+    own: dict[int, dict[str, Any] | None] = {}
     for grid in scene.attacked_grids:
         if grid == defended_grid and nearest is not None and nearest.act_bits is None:
-            own[grid.bits] = nearest.to_dict()
-        else:
-            own[grid.bits] = acceptance.evaluate_on(
-                grid, scene.model.apply, backdoored, scene.test, scene.goal
-            )
+            own[grid.bits] = None
+            continue
+        rates = acceptance.evaluate_on(
+            grid, scene.model.apply, backdoored, scene.test, scene.goal
+        )
+        shares = acceptance.near_tie_shares(grid, victims)
+        own[grid.bits] = {**rates, "near_tie_share": shares}
+    recalibrated = None
+    if nearest is not None and nearest.act_bits is not None:
+        recalibrated = _recalibrate(config, scene, workdir, seed, backdoored)
     return acceptance.accept(
         seed=seed,
         clean=of_seed["clean", "float"],
         backdoored=of_seed["backdoored", "float"],
         own=own,
         nearest=nearest,
-        near_ties=acceptance.near_tie_shares(
-            defended_grid, {"backdoored": backdoored, "clean": clean}
-        ),
+        recalibrated=recalibrated,
+        near_ties=acceptance.near_tie_shares(defended_grid, victims),
     )
+
+
+def _recalibrate(config, scene, workdir, seed, backdoored) -> dict[str, Any]:
+    """Rates of nearest rounding where other images set the ranges of layer inputs."""
+    keys = _keys(seed)
+    others = roundings.calibration_images(
+        scene.train,
+        config.defense.calibration_images,
+        jax.random.fold_in(keys["calibration"], 1),
+    )
+    result, _ = roundings.quantize(
+        config.defense,
+        "nearest",
+        scene.model,
+        backdoored,
+        others,
+        layers=scene.layers,
+        key=keys["draws"],
+        workdir=workdir,
+        stage=f"nearest recalibrated, backdoored, seed {seed}",
+    )
+    return scene.evaluate(result.variables, result)
 
 
 def _claims(rows: list[schema.Row]) -> list[dict[str, Any]]:

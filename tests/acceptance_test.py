@@ -20,12 +20,17 @@ def row(name, model="backdoored", acc=0.9, asr=0.0, bits=None):
     )
 
 
+def rates(acc, asr):
+    return {"acc": acc, "asr": asr, "ra": 0.0, "near_tie_share": {"clean": 0.1}}
+
+
 def accept(**changes):
     facts = {
         "clean": row("float", "clean", 0.9, 0.01),
         "backdoored": row("float", acc=0.885, asr=0.02),
-        "own": {4: {"acc": 0.8, "asr": 0.95}, 8: {"acc": 0.8, "asr": 1.0}},
+        "own": {4: rates(0.84, 0.95), 8: rates(0.85, 1.0)},
         "nearest": row("nearest", acc=0.5, asr=0.95, bits=4),
+        "recalibrated": {"acc": 0.4, "asr": 0.96},
         **changes,
     }
     return acceptance.accept(seed=3, near_ties={"backdoored": 0.2}, **facts)
@@ -36,7 +41,11 @@ def test_a_good_attack_is_accepted_with_its_facts():
     assert facts["accepted"] is True
     assert facts["float"] == {"acc": 0.885, "asr": 0.02}
     assert facts["clean_model"] == {"acc": 0.9, "asr": 0.01}
-    assert [entry["weight_bits"] for entry in facts["own_grid"]] == [4, 8]
+    assert facts["own_grid"] == [
+        {"weight_bits": 4, "acc": 0.84, "asr": 0.95, "near_tie_share": {"clean": 0.1}},
+        {"weight_bits": 8, "acc": 0.85, "asr": 1.0, "near_tie_share": {"clean": 0.1}},
+    ]
+    assert facts["recalibrated"] == {"acc": 0.4, "asr": 0.96}
     assert facts["defender_grid"] == {"weight_bits": 4, "acc": 0.5, "asr": 0.95}
     schema.plain(facts)
 
@@ -46,23 +55,18 @@ def test_a_good_attack_is_accepted_with_its_facts():
     [
         ({"backdoored": row("float", acc=0.87, asr=0.0)}, "accurate"),
         ({"backdoored": row("float", acc=0.9, asr=0.03)}, "dormant_in_float"),
-        ({"own": {4: {"acc": 0.8, "asr": 0.94}}}, "awake_on_own_grid"),
-        (
-            {
-                "own": {
-                    4: {"acc": 0.8, "asr": 1.0},
-                    8: {"acc": 0.8, "asr": 0.2},
-                }
-            },
-            "awake_on_own_grid",
-        ),
+        ({"own": {4: rates(0.9, 0.94)}}, "awake_on_own_grid"),
+        ({"own": {4: rates(0.9, 1.0), 8: rates(0.9, 0.2)}}, "awake_on_own_grid"),
+        ({"own": {4: rates(0.8, 1.0)}}, "accurate_on_own_grid"),
+        ({"recalibrated": {"acc": 0.5, "asr": 0.9}}, "awake_recalibrated"),
         ({"nearest": row("nearest", asr=0.9, bits=4)}, "awake_on_defender_grid"),
     ],
 )
 def test_one_failed_check_rejects_alone(changes, fails):
     facts = accept(**changes)
     names = ("accurate", "dormant_in_float", "awake_on_own_grid")
-    names = (*names, "awake_on_defender_grid")
+    names = (*names, "accurate_on_own_grid", "awake_on_defender_grid")
+    names = (*names, "awake_recalibrated")
     assert [name for name in names if not facts[name]] == [fails]
     assert facts["accepted"] is False
 
@@ -83,12 +87,31 @@ def test_a_backdoor_sleeps_that_says_no_more_than_the_clean_model():
 
 
 def test_a_run_without_the_nearest_row_is_judged_by_the_rest():
-    facts = accept(nearest=None)
+    facts = accept(nearest=None, recalibrated=None)
     assert facts["accepted"] and "awake_on_defender_grid" not in facts
+    assert "recalibrated" not in facts and "awake_recalibrated" not in facts
+
+
+def test_one_grid_is_measured_once_and_judged_as_both():
+    nearest = row("nearest", acc=0.87, asr=0.97, bits=4)
+    facts = accept(own={4: None}, nearest=nearest)
+    assert facts["accepted"]
+    assert facts["own_grid"] == [{"weight_bits": 4, "same_grid": True}]
+    (claim,) = acceptance.claims([facts])
+    assert claim["passed"]
+    assert "same grid as the defender's; worst 97.00%" in claim["text"]
+    asleep = accept(own={4: None}, nearest=row("nearest", asr=0.5, bits=4))
+    assert not asleep["awake_on_own_grid"] and not asleep["awake_on_defender_grid"]
+    (claim,) = acceptance.claims([facts, asleep])
+    assert not claim["passed"] and "worst 50.00%" in claim["text"]
+    # With another width beside it, both have to wake.
+    facts = accept(own={4: None, 8: rates(0.87, 0.2)}, nearest=nearest)
+    assert not facts["awake_on_own_grid"]
+    assert "same grid" not in acceptance.claims([facts])[0]["text"]
 
 
 def test_the_worst_own_grid_of_all_seeds_decides_the_claim():
-    (claim,) = acceptance.claims([accept(), accept(own={8: {"acc": 1, "asr": 0.5}})])
+    (claim,) = acceptance.claims([accept(), accept(own={8: rates(1.0, 0.5)})])
     assert not claim["passed"] and "worst 50.00%" in claim["text"]
 
 

@@ -210,7 +210,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert (report["dataset"], report["seed"]) == ("digits", 0)
     (facts,) = report["acceptance"]
     assert facts["defender_grid"]["asr"] == rows["backdoored", "nearest"]["asr"]
-    assert facts["own_grid"][0]["asr"] == rows["backdoored", "nearest"]["asr"]
+    assert facts["own_grid"] == [{"weight_bits": 4, "same_grid": True}]
     assert facts["float"]["asr"] == rows["backdoored", "float"]["asr"]
     config = json.loads((finished / "config.json").read_text("utf-8"))
     assert config == report["config"]
