@@ -107,6 +107,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         patience=config_dict.placeholder(int),
         sharpness_radius=0.1,
+        # Published for CIFAR-10 (BackdoorBench): radius 2.0 by weight, smoothing 0.1.
+        # As here, the one radius of all SAM rows, it made the results in results/nad.
+        ft_sam=_section(
+            radius=config_dict.placeholder(float), by_weight=False, label_smoothing=0.0
+        ),
         victim_logits=_section(weight=1.0, temperature=2.0),
         nad=_section(
             # The published 500, 1000, 1000 per pixel belong to maps with 4 times as

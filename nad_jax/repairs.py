@@ -191,12 +191,22 @@ class Stages:
         """
         defense = self._defense
         tuning = settings.TuningSettings(defense.training, patience=defense.patience)
+        if name == "ft_sam":
+            own = defense.ft_sam
+            tuning = dataclasses.replace(
+                tuning,
+                sharpness_radius=own.radius or defense.sharpness_radius,
+                sharpness_by_weight=own.by_weight,
+            )
+            return self._stage(
+                name, fine_tuning.run, tuning, label_smoothing=own.label_smoothing
+            )
         if "_sam" in name:
             tuning = dataclasses.replace(
                 tuning, sharpness_radius=defense.sharpness_radius
             )
         logits = defense.victim_logits if name.endswith("_kd") else None
-        if name in ("fine_tuning", "ft_sam"):
+        if name == "fine_tuning":
             return self._stage(name, fine_tuning.run, tuning)
         if name == "ft_sam_kd":
             alone = _no_attention(defense.nad)

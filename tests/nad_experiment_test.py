@@ -39,6 +39,7 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
         (mapping["defense"], settings.RepairSettings),
         (mapping["defense"]["training"], settings.TrainingSettings),
         (mapping["defense"]["nad"], settings.NadSettings),
+        (mapping["defense"]["ft_sam"], settings.FtSamSettings),
         (mapping["attack"], settings.PoisoningSettings),
     ):
         assert set(section) == set(cls.__dataclass_fields__)
@@ -67,6 +68,8 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
         ),
         (("defense", "nad", "beta_factors"), (), "one or more finite numbers >= 0"),
         (("defense", "nad", "p"), math.inf, "nad.p must be > 0 and finite, got inf"),
+        (("defense", "ft_sam", "radius"), 0.0, "ft_sam.radius must be > 0 and finite"),
+        (("defense", "ft_sam", "label_smoothing"), 1.0, "label_smoothing must be in"),
         (("defense", "patience"), 0, "defense.patience must be at least 1 or None"),
         (("defense", "rows"), ("nad", "nad"), "defense.rows must be all different"),
         (("defense", "nad", "betas"), {}, "betas must be numbers >= 0 by stage"),

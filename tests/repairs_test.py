@@ -24,7 +24,7 @@ from nad_jax import (
 )
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
-from nad_jax.defenses import base, nad
+from nad_jax.defenses import base, fine_tuning, nad
 from nad_jax.models import common
 
 # Variant of a config, the section with its repairs, and what runs it.
@@ -186,6 +186,30 @@ def test_repairs_that_can_be_are_not_refused():
 def test_what_a_repair_would_refuse_is_known_by_shapes(changes, words):
     with pytest.raises(errors.InputError, match=words):
         _check(**changes)
+
+
+def test_ft_sam_has_a_recipe_of_its_own(tmp_path, monkeypatch):
+    config = settings.parse(nad_config.get_config("smoke").to_dict())
+    net = base.Net(None, {"params": {"w": np.ones(2, np.float32)}})
+    seen = []
+
+    def run(victim, data, tuning, *, label_smoothing=0.0, **options):
+        ball = (tuning.sharpness_radius, tuning.sharpness_by_weight)
+        seen.append((*ball, label_smoothing))
+        return base.Defended(victim.variables, ({"loss": 0.0},))
+
+    monkeypatch.setattr(fine_tuning, "run", run)
+    published = settings.FtSamSettings(2.0, by_weight=True, label_smoothing=0.1)
+    for number, own in enumerate((config.defense.ft_sam, published)):
+        defense = dataclasses.replace(config.defense, sharpness_radius=0.25, ft_sam=own)
+        folder = tmp_path / str(number)
+        with contextlib.closing(workdir_lib.Workdir(folder, {})) as workdir:
+            patient = repairs.Patient("backdoored", 0, net, None, None)
+            stages = repairs.Stages(defense, workdir, patient)
+            stages.repair("ft_sam")
+            stages.repair("fine_tuning")
+    plain = (0.0, False, 0.0)
+    assert seen == [(0.25, False, 0.0), plain, (2.0, True, 0.1), plain]
 
 
 @pytest.mark.slow

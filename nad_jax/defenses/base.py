@@ -238,7 +238,11 @@ def tune(
             data.images,
             data.labels,
             step_fn=steps.make_train_step(
-                loss_fn, tx, project=project, sharpness_radius=tuning.sharpness_radius
+                loss_fn,
+                tx,
+                project=project,
+                sharpness_radius=tuning.sharpness_radius,
+                sharpness_by_weight=tuning.sharpness_by_weight,
             ),
             epochs=training.epochs,
             batch_size=training.batch_size,

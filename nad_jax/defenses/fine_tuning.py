@@ -6,7 +6,7 @@ worst in a small ball, which moves the weights that a backdoor lives in further.
 
 References:
   Zhu et al., "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
-  Minimization", ICCV 2023. (Its ball is scaled by the weights; the one here is plain.)
+  Minimization", ICCV 2023. (Its ball is scaled by the weights: `sharpness_by_weight`.)
 """
 
 import jax
@@ -22,16 +22,20 @@ def run(
     tuning: settings.TuningSettings,
     *,
     key: jax.Array,
+    label_smoothing: float = 0.0,
     on_epoch: base.OnEpoch | None = None,
     should_stop: base.ShouldStop | None = None,
     commits: base.CommitsOf | None = None,
 ) -> base.Defended:
     """The victim, all layers trained on clean images with cross-entropy.
 
+    `label_smoothing` is the share of each label that is spread over all classes.
     BatchNorm is in training mode: it normalises with the batch and its running
     statistics move to the defender's data.
     """
-    loss_fn = steps.classification_loss(victim.model.apply)
+    loss_fn = steps.classification_loss(
+        victim.model.apply, label_smoothing=label_smoothing
+    )
     return base.tune(
         victim,
         clean_data,

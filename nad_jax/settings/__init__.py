@@ -59,6 +59,7 @@ from nad_jax.settings.quantization import (
 from nad_jax.settings.repairs import (
     REPAIRS,
     FinePruningSettings,
+    FtSamSettings,
     LogitSettings,
     ModeConnectivitySettings,
     NadSettings,
@@ -84,6 +85,7 @@ __all__ = [
     "InspectSettings",
     "JOBS",
     "LOADERS",
+    "FtSamSettings",
     "LogitSettings",
     "ModeConnectivitySettings",
     "ModelSettings",

@@ -27,12 +27,14 @@ class TuningSettings:
     Attributes:
       training: Optimiser, schedule, augmentation.
       sharpness_radius: Of the ascent step of SAM, in weight units; 0 = no SAM.
+      sharpness_by_weight: In units of each weight's own size instead (adaptive SAM).
       patience: Stop after so many epochs in which accuracy on held-out clean images did
         not rise, and go back to the best; None = train to the end, keep the last.
     """
 
     training: TrainingSettings
     sharpness_radius: float = 0.0
+    sharpness_by_weight: bool = False
     patience: int | None = None
 
     def __post_init__(self):
@@ -105,6 +107,26 @@ class LogitSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class FtSamSettings:
+    """The row "ft_sam" (`nad_jax.defenses.fine_tuning`).
+
+    Attributes:
+      radius: Of its ascent step; None = that of the other rows in a SAM step.
+      by_weight: Whether the radius is in units of each weight's own size.
+      label_smoothing: Share of each label spread over all classes.
+    """
+
+    radius: float | None = None
+    by_weight: bool = False
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        good = self.radius is None or 0 < self.radius < float("inf")
+        check(self, "radius", good, "> 0 and finite, or None")
+        check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
 class FinePruningSettings:
     """`max_accuracy_drop`: what held-out accuracy may lose by pruning, a fraction."""
 
@@ -153,6 +175,7 @@ class RepairSettings:
         zoo; None = the victim, fine-tuned.
       patience: See `TuningSettings`.
       sharpness_radius: SAM's, for the rows that use it.
+      ft_sam: Its settings.
       victim_logits: Of the rows "ft_sam_kd" and "nad_sam_kd".
       fine_pruning: Its settings.
       mode_connectivity: Its settings.
@@ -167,6 +190,7 @@ class RepairSettings:
     teacher: str | None = None
     patience: int | None = None
     sharpness_radius: float = 0.1
+    ft_sam: FtSamSettings = dataclasses.field(default_factory=FtSamSettings)
     victim_logits: LogitSettings = dataclasses.field(default_factory=LogitSettings)
     fine_pruning: FinePruningSettings = dataclasses.field(
         default_factory=FinePruningSettings

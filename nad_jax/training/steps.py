@@ -36,6 +36,7 @@ def make_train_step(
     axis_name: str | None = None,
     project: Callable[[Any], Any] | None = None,
     sharpness_radius: float = 0.0,
+    sharpness_by_weight: bool = False,
 ) -> StepFn:
     """Step function `(state, batch) -> (state, metrics)` for one loss and optimiser.
 
@@ -48,6 +49,8 @@ def make_train_step(
             weight in its rounding cell.
         sharpness_radius: L2 length of the ascent step of sharpness-aware minimisation
             (SAM), in weight units; 0 is the plain gradient. Doubles the cost.
+        sharpness_by_weight: measure that length in units of each weight's own size
+            (adaptive SAM): weights of 0 stay, large ones climb further.
 
     Returns:
         A function that does not jit itself. Its metrics are those of `loss_fn` and
@@ -55,7 +58,9 @@ def make_train_step(
     """
     gradient_fn: GradientFn = jax.value_and_grad(loss_fn, has_aux=True)
     if sharpness_radius:
-        gradient_fn = _sharpness_aware(gradient_fn, sharpness_radius, axis_name)
+        gradient_fn = _sharpness_aware(
+            gradient_fn, sharpness_radius, sharpness_by_weight, axis_name
+        )
 
     def step(
         state: state_lib.TrainState, batch: Batch
@@ -91,7 +96,6 @@ def classification_loss(
     apply_fn: Callable[..., Any],
     *,
     label_smoothing: float = 0.0,
-    trainable_batch_stats: bool = True,
 ) -> LossFn:
     """Mean cross-entropy of a classifier as a `LossFn`, with metric "accuracy".
 
@@ -99,8 +103,6 @@ def classification_loss(
         apply_fn: `model.apply` of a model returning (logits, features). The batch
             holds "images", float in [0, 1] `[B, H, W, C]`, and "labels", int `[B]`.
         label_smoothing: fraction of the target mass spread over all classes.
-        trainable_batch_stats: True normalises with the batch and updates the running
-            statistics; False uses the running statistics and leaves them alone.
     """
 
     def loss_fn(
@@ -112,7 +114,6 @@ def classification_loss(
             params,
             batch_stats,
             batch["images"],
-            trainable_batch_stats=trainable_batch_stats,
         )
         losses = cross_entropy(logits, batch["labels"], label_smoothing=label_smoothing)
         return jnp.mean(losses), (
@@ -128,13 +129,9 @@ def apply_training(
     params: Any,
     batch_stats: Any,
     images: jax.Array,
-    *,
-    trainable_batch_stats: bool = True,
 ) -> tuple[Any, Any]:
     """Output of the model during training and the new batch statistics."""
     variables = {"params": params, "batch_stats": batch_stats}
-    if not trainable_batch_stats:
-        return apply_fn(variables, images, train=False), batch_stats
     output, updated = apply_fn(variables, images, train=True, mutable=["batch_stats"])
     return output, updated.get("batch_stats", batch_stats)
 
@@ -165,13 +162,15 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _sharpness_aware(
-    gradient_fn: GradientFn, radius: float, axis_name: str | None
+    gradient_fn: GradientFn, radius: float, by_weight: bool, axis_name: str | None
 ) -> GradientFn:
     """Gradient at the point `radius` uphill; loss and statistics of the point itself.
 
     References:
         Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently
         Improving Generalization. ICLR 2021, equation 2 and algorithm 1.
+        Kwon, Kim, Park, Choi. ASAM: Adaptive Sharpness-Aware Minimization. ICML 2021,
+        equation 8: by weight, without its small constant.
     """
 
     def sharp_gradient_fn(
@@ -181,8 +180,12 @@ def _sharpness_aware(
         # The devices of a pmap must climb together, or they differentiate at
         # different points.
         gradient = _mean_over_devices(gradient, axis_name)
+        if by_weight:
+            gradient = jax.tree.map(lambda p, g: jnp.abs(p) * g, params, gradient)
         # A zero gradient must give a zero step, not 0 / 0.
         scale = radius / jnp.maximum(optax.tree.norm(gradient), 1e-12)
+        if by_weight:
+            gradient = jax.tree.map(lambda p, g: jnp.abs(p) * g, params, gradient)
         uphill = jax.tree.map(lambda p, g: p + scale * g, params, gradient)
         _, gradient = gradient_fn(uphill, batch_stats, batch, key)
         return value, gradient

@@ -91,6 +91,20 @@ def test_a_sharpness_radius_changes_the_result(victim, clean_data, tuning, tuned
 
 
 @pytest.mark.slow
+def test_smoothed_labels_leave_it_less_certain(victim, clean_data, tuning):
+    longer = _replace_training(tuning, epochs=8)
+
+    def certainty(**options):
+        result = fine_tuning.run(victim, clean_data, longer, key=KEY, **options)
+        images = clean_data.images / np.float32(255)
+        return float(
+            jax.nn.softmax(victim.logits(result.variables, images)).max(-1).mean()
+        )
+
+    assert certainty(label_smoothing=0.3) < certainty() - 0.05
+
+
+@pytest.mark.slow
 def test_it_stops_when_asked(victim, clean_data, tuning):
     with pytest.raises(loop.TrainingInterrupted):
         fine_tuning.run(victim, clean_data, tuning, key=KEY, should_stop=lambda: True)
