@@ -40,16 +40,16 @@ def optimise(
 ) -> triggers.Trigger:
     """The trigger with another picture under the same mask.
 
-    Minimises the mean squared distance of the chosen neurons from a height that no
-    clean image brings them to, over triggered images.
+    Minimises the squared distance of the chosen neurons from a height that no clean
+    image brings them to, in units of that height, in the mean over triggered images.
 
     Args:
       model: Ends in a Dense layer.
       variables: Of a clean model.
       trigger: Where; one pattern under a mask that is not empty.
-      images: Images the attacker has, uint8 `[N, H, W, C]`; the first few are used.
+      images: Images the attacker has, uint8 `[N, H, W, C]`; up to 64 are drawn.
       trojan: How many neurons, how high, how long.
-      key: Typed key; decides the picture to start from.
+      key: Typed key; decides which images are used, and the picture to start from.
 
     Returns:
       A trigger whose pattern has whole grey levels, so that storing it changes nothing.
@@ -60,7 +60,10 @@ def optimise(
     """
     check_trigger(trigger)
     pattern = jnp.asarray(trigger.pattern, jnp.float32)
-    sample = batches.to_float(jnp.asarray(images[:_IMAGES]))
+    rows_key, start_key = jax.random.split(key)
+    # Not the first: folders come sorted by class.
+    rows = jax.random.permutation(rows_key, images.shape[0])[:_IMAGES]
+    sample = batches.to_float(jnp.asarray(images[np.sort(rows)]))
     path = head.find(model, variables, sample)
     kernel = layers_lib.get_in(variables["params"], path)["kernel"]
     neurons = choose_neurons(np.asarray(kernel), trojan.neurons)
@@ -85,7 +88,7 @@ def optimise(
         return jnp.clip(pattern + jnp.asarray(updates), 0.0, 1.0), opt_state
 
     covered = jnp.asarray(trigger.mask, jnp.float32) > 0
-    start = jax.random.uniform(key, pattern.shape, jnp.float32)
+    start = jax.random.uniform(start_key, pattern.shape, jnp.float32)
     pattern = jnp.where(covered, start, 0.0)
     opt_state = tx.init(pattern)
     # A Python loop: a rolled one around a convolution's gradient is slow on CPU.

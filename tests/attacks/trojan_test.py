@@ -9,7 +9,7 @@ import pytest
 
 from nad_jax import errors, settings
 from nad_jax.attacks import triggers, trojan
-from nad_jax.data import batches
+from nad_jax.data import batches, stored
 
 SHAPE = (6, 6, 1)
 
@@ -75,6 +75,30 @@ def test_it_stays_under_its_mask_and_in_whole_grey_levels(net, images):
     pattern = np.asarray(made.pattern, np.float64) * 255
     np.testing.assert_allclose(pattern, np.rint(pattern), atol=1e-4)
     assert not pattern[np.asarray(square.mask)[:, :, 0] == 0].any()
+
+
+@pytest.mark.slow
+def test_its_images_are_drawn_from_all_classes_of_sorted_data(net):
+    labels = np.repeat(np.arange(10), 40)
+    seen = []
+
+    class Reader:
+        shape, identity = (len(labels), *SHAPE), "sorted"
+
+        def read(self, rows):
+            seen.append(rows)
+            return np.zeros((len(rows), *SHAPE), np.uint8)
+
+    square = triggers.square_trigger(SHAPE, size=2, margin=1)
+    for seed in (0, 0, 1):
+        key = jax.random.key(seed)
+        images = stored.Images(Reader())
+        trojan.optimise(*net, square, images, settings.TrojanSettings(steps=1), key=key)
+    for rows in seen:
+        assert len(rows) == len(np.unique(rows)) == 64
+        assert len(np.unique(labels[rows])) == 10
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert set(seen[0]) != set(seen[2])
 
 
 def test_neurons_are_those_the_classifier_weighs_most():
