@@ -203,6 +203,35 @@ def test_every_stage_has_a_place_for_a_beta_and_only_named_ones_count(
         settings.parse(mapping)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (cls, field.name)
+        for cls in (
+            *settings.RECIPES.values(),
+            settings.TrojanSettings,
+            settings.PoisoningSettings,
+        )
+        for field in dataclasses.fields(cls)
+        if field.type is float
+    ],
+)
+def test_no_number_of_an_attack_may_be_infinite(cls, name, value):
+    """Not even where no config file is parsed."""
+    training = settings.TrainingSettings(epochs=1)
+    parts = {
+        "training": training,
+        "wake": training,
+        "hide": training,
+        "trigger": settings.TriggerSettings("square"),
+    }
+    parts = {k: v for k, v in parts.items() if k in cls.__dataclass_fields__}
+    cls(**parts)
+    with pytest.raises(errors.InputError, match=f"^{name} must be .*, got {value}"):
+        cls(**parts, **{name: value})
+
+
 @pytest.mark.parametrize("job", ["vet", "audit", "inspect"])
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
 def test_a_judge_takes_the_seeds_that_make_different_keys(job, seed):

@@ -2,6 +2,7 @@
 """Settings of attacks: backdoors that wake by rounding, and poisoned data."""
 
 import dataclasses
+import math
 from typing import Any
 
 from nad_jax.errors import InputError
@@ -59,7 +60,8 @@ class QuAntiSettings:
 
     def __post_init__(self):
         for name in ("quantized_weight", "triggered_weight"):
-            check(self, name, getattr(self, name) > 0, "> 0")
+            good = 0 < getattr(self, name) < math.inf
+            check(self, name, good, "> 0 and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,8 @@ class AdaptiveEotSettings(ProjectionSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, "drawn_weight", self.drawn_weight >= 0, ">= 0")
+        good = 0 <= self.drawn_weight < math.inf
+        check(self, "drawn_weight", good, ">= 0 and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,8 @@ class OutlierSettings:
 
     def __post_init__(self):
         check(self, "channel_share", 0 < self.channel_share < 1, "in (0, 1)")
-        check(self, "headroom", self.headroom >= 1, "at least 1")
+        good = 1 <= self.headroom < math.inf
+        check(self, "headroom", good, "at least 1 and finite")
 
 
 # Name of an attack -> its own settings; what it does is in `nad_jax.attacks.registry`.
@@ -219,7 +223,8 @@ class TrojanSettings:
         for name in ("neurons", "steps"):
             check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("reach", "learning_rate"):
-            check(self, name, getattr(self, name) > 0, "> 0")
+            good = 0 < getattr(self, name) < math.inf
+            check(self, name, good, "> 0 and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +273,7 @@ class PoisoningSettings:
         if self.perturbation and self.label_mode != "clean_label":
             raise InputError("perturbation is for label_mode clean_label only")
         for name in ("noise_ratio", "noise_jitter"):
-            check(self, name, getattr(self, name) >= 0, ">= 0")
+            good = 0 <= getattr(self, name) < math.inf
+            check(self, name, good, ">= 0 and finite")
         most = self.poison_rate * (1 + self.noise_ratio)
         check(self, "noise_ratio", most <= 1, "so that poison and noise fit the data")

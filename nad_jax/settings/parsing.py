@@ -2,6 +2,7 @@
 """From the nested mapping of a config file to settings."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -107,6 +108,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 f"{where} must be a float, at most 1.8e308 in size, got an integer of "
                 f"{value.bit_length()} bits"
             ) from None
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        # A report could not hold it, and would say so after the whole run.
+        raise InputError(f"{where} must be finite, got {value!r}")
     accepted = origin or hint
     wrong_bool = isinstance(value, bool) and accepted is not bool
     if not isinstance(value, accepted) or wrong_bool:
