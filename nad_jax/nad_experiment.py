@@ -235,7 +235,7 @@ def _repair_and_evaluate(
         net, seconds = stages.repair(name)
         with workdir.timed("evaluate"):
             counts = evaluate(net.variables)
-        add(name, counts, seconds)
+        add(name, counts, seconds, **stages.chosen[name])
         nets.append((name, net.variables))
     # A given teacher may be of another architecture.
     if any(name.startswith("nad") for name in wanted) and defense.teacher is None:

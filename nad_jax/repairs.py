@@ -123,6 +123,7 @@ def run_stage(
     title: str,
     epochs: int,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
+    chosen: dict[str, Any] | None = None,
 ) -> tuple[base.Net, float]:
     """The net that a repair makes, computed or restored, and its seconds.
 
@@ -135,6 +136,7 @@ def run_stage(
       title: Of the progress.
       epochs: That it will tell.
       evaluate: Rates of variables, to be recorded after each epoch.
+      chosen: Receives what the repair decided, `Defended.chosen`.
 
     Raises:
       Interrupted: the workdir was asked to stop.
@@ -161,9 +163,11 @@ def run_stage(
         except loop.TrainingInterrupted as interruption:
             raise workdir_lib.Interrupted(f"{stage}: {interruption}") from None
         progress.done(f"loss {defended.history[-1]['loss']:.4f}")
+        notes.update(defended.chosen)
         return defended.variables
 
-    variables = workdir.stage(stage, victim.variables, compute)
+    notes = {} if chosen is None else chosen
+    variables = workdir.stage(stage, victim.variables, compute, notes)
     return base.Net(victim.model, variables), workdir.seconds[stage]
 
 
@@ -177,7 +181,11 @@ class Stages:
         patient: Patient,
         evaluate: Callable[[Any], dict[str, Any]] | None = None,
     ):
-        """`evaluate`: rates of variables, to be recorded after each epoch of a row."""
+        """`evaluate`: rates of variables, to be recorded after each epoch of a row.
+
+        `chosen` then holds, by row, what a repair decided (`base.Defended.chosen`).
+        """
+        self.chosen: dict[str, dict[str, Any]] = {}
         self._evaluate = evaluate
         self._defense = defense
         self._workdir = workdir
@@ -280,5 +288,6 @@ class Stages:
             title=f"{name}, {patient.name} model, seed {patient.seed}",
             epochs=self._epochs(name),
             evaluate=evaluate,
+            chosen=self.chosen.setdefault(name, {}),
         )
         return self._done[name]

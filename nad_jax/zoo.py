@@ -238,6 +238,7 @@ def add(
         defense=settings.RepairSettings(
             parsed["victim"],
             settings.NadSettings({"stage1": 0.0}),
+            rows=(),
             clean_model_rows=(),
         ),
         seeds=(seed,),

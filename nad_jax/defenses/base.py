@@ -13,7 +13,8 @@ keeps its teacher's maps (`view_bank`) is the exception.
 """
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -80,10 +81,12 @@ class Defended(NamedTuple):
     Attributes:
       variables: Its variables.
       history: Means of the metrics, one mapping per epoch.
+      chosen: What the defence decided by itself, such as "beta_factor"; numbers.
     """
 
     variables: Any
     history: tuple[dict[str, float], ...]
+    chosen: Mapping[str, float] = types.MappingProxyType({})
 
 
 def clean_indices(

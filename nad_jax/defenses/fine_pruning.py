@@ -58,7 +58,7 @@ def run(
     project = functools.partial(_cut, path=path, mask=mask)
     start = {**victim.variables, "params": project(victim.variables["params"])}
     loss_fn = steps.classification_loss(victim.model.apply)
-    return base.tune(
+    tuned = base.tune(
         victim._replace(variables=start),
         clean_data,
         tuning,
@@ -69,6 +69,8 @@ def run(
         should_stop=should_stop,
         commits=None if commits is None else commits("tuned"),
     )
+    cut = {"channels_cut": int(np.sum(~kept)), "channels": len(kept)}
+    return tuned._replace(chosen=cut)
 
 
 def choose_channels(

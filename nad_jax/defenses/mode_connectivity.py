@@ -98,17 +98,20 @@ def run(
         should_stop=should_stop,
         commits=None if commits is None else commits("curve"),
     )
-    points = [
-        _point(victim.model, ends, curve.variables, position, clean_data, training, key)
-        for position in sorted(connectivity.positions)
-    ]
+    points = []
+    for position in sorted(connectivity.positions):
+        point = _point(
+            victim.model, ends, curve.variables, position, clean_data, training, key
+        )
+        chosen = {"position": position}
+        points.append(base.Defended(point, curve.history, chosen))
     if len(points) == 1:
-        return base.Defended(points[0], curve.history)
+        return points[0]
     validate = base.validation_accuracy(victim, clean_data)
-    accuracies = [validate(point) for point in points]
+    accuracies = [validate(point.variables) for point in points]
     least = max(accuracies) - connectivity.accuracy_tolerance
     daring = [p for p, a in zip(points, accuracies, strict=True) if a >= least]
-    return base.Defended(daring[-1], curve.history)
+    return daring[-1]
 
 
 def _point(

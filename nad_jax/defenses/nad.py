@@ -150,8 +150,10 @@ def run(
             should_stop=should_stop,
             commits=None if commits is None else commits(f"student-{factor}"),
         )
-        accuracy = 0.0 if validate is None else validate(student.variables)
-        students.append((accuracy, student))
+        if validate is None:
+            return student
+        student = student._replace(chosen={"beta_factor": factor})
+        students.append((validate(student.variables), student))
     best = max(accuracy for accuracy, _ in students)
     acceptable = [s for a, s in students if a >= best - nad.accuracy_tolerance]
     return acceptable[-1]

@@ -211,6 +211,17 @@ class RepairSettings:
         check(self, "validation_fraction", good, "in [0, 1)")
         check(self, "sharpness_radius", self.sharpness_radius > 0, "> 0")
         check_patience(self)
+        attentive = [
+            name
+            for name in (*self.rows, *self.clean_model_rows)
+            if name.startswith("nad")
+        ]
+        if attentive and not max(self.nad.betas.values()) * max(self.nad.beta_factors):
+            raise InputError(
+                f"nad.betas must have one above 0 for {', '.join(attentive)}, which "
+                f"are fine-tuning without; got {dict(self.nad.betas)} times "
+                f"{self.nad.beta_factors}"
+            )
         deciding = self.deciding()
         if self.validation_fraction == 0 and deciding:
             raise InputError(

@@ -54,6 +54,7 @@ def test_what_was_cut_stays_cut(victim, clean_data, tuning):
     after = np.asarray(result.variables["params"]["head"]["kernel"])
     alive = np.any(after != 0, axis=1)
     assert alive.sum() == 1 and np.all(before != 0)
+    assert result.chosen == {"channels_cut": len(alive) - 1, "channels": len(alive)}
     assert not np.array_equal(after[alive], before[alive]), "nothing was fine-tuned"
 
 

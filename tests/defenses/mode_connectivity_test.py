@@ -23,7 +23,11 @@ def plain(tuning):
     return dataclasses.replace(tuning, training=training)
 
 
-def _run(victim, clean_data, tuning, other_variables, position, tolerance=0.0):
+def _run(*arguments):
+    return _defended(*arguments).variables
+
+
+def _defended(victim, clean_data, tuning, other_variables, position, tolerance=0.0):
     return mode_connectivity.run(
         victim,
         clean_data,
@@ -35,7 +39,7 @@ def _run(victim, clean_data, tuning, other_variables, position, tolerance=0.0):
         ),
         key=KEY,
         tuned=base.Net(victim.model, other_variables),
-    ).variables
+    )
 
 
 @pytest.mark.slow
@@ -155,3 +159,5 @@ def test_held_out_accuracy_decides_how_far_to_go(
     assert len({accuracy(point) for point in points.values()}) == 3
     assert_same(params(positions), points[best]["params"])
     assert_same(params(positions, 1.0), points[1.0]["params"])
+    result = _defended(victim, clean_data, plain, other_variables, positions)
+    assert result.chosen == {"position": best}

@@ -246,13 +246,17 @@ def test_held_out_accuracy_decides_about_the_factor(
             BETAS, beta_factors=factors, accuracy_tolerance=tolerance
         )
         result = nad.run(victim, clean_data, longer, chosen, key=KEY, teacher=teacher)
+        told.append(dict(result.chosen))
         return result.variables
 
+    told = []
     mild, ruinous = student((0.0,), 0.0), student((100.0,), 0.0)
     accuracy = base.validation_accuracy(victim, clean_data)
     assert accuracy(mild) > accuracy(ruinous) + 0.1
     assert_same(student((100.0, 0.0), 0.1), mild)
     assert_same(student((0.0, 100.0), 1.0), ruinous)
+    # Of one student nothing was decided.
+    assert told == [{}, {}, {"beta_factor": 0.0}, {"beta_factor": 100.0}]
 
 
 def test_betas_in_both_units(victim, clean_data):
