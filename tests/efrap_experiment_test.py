@@ -114,3 +114,39 @@ def test_float_repairs_make_two_rows_each(tmp_path):
     assert by_name["fine_tuning"]["seconds"] > 0 and np.isfinite(
         by_name["fine_tuning"]["acc"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attack", "roundings", "act_bits"),
+    [
+        ("qu_anti_zation", ("nearest", "qvec"), None),
+        ("compartifact", ("nearest",), 8),
+    ],
+)
+def test_an_attack_on_another_grid_than_the_defenders_is_measured_on_both(
+    attack, roundings, act_bits, tmp_path
+):
+    sections = config_file.get_config(f"{attack}+smoke").to_dict()
+    sections["victim"]["epochs"] = 1
+    sections["attack"]["recipe"]["training"]["epochs"] = 1
+    sections["attack"]["grid"]["per_channel"] = False
+    sections["defense"].update(roundings=roundings, act_bits=act_bits)
+    workdir = workdir_lib.Workdir(tmp_path, {})
+    efrap_experiment.run(settings.parse(sections), workdir)
+    workdir.close()
+    report = schema.read_report(tmp_path / "report.json")
+    rows = {r["name"]: r for r in report["rows"] if r["model"] == "backdoored"}
+    (facts,) = report["acceptance"]
+    (own,) = facts["own_grid"]
+    assert own["weight_bits"] == 4 and 0 <= own["acc"] <= 1 and 0 <= own["asr"] <= 1
+    for rate in ("acc", "asr"):
+        assert facts["defender_grid"][rate] == rows["nearest"][rate]
+    # Of two grids, though both are four bits wide.
+    assert own["near_tie_share"] != facts["near_tie_share"]
+    # Layer inputs alone depend on calibration images.
+    assert ("recalibrated" in facts) == (act_bits is not None)
+    if "qvec" in roundings:  # The stronger, the more weights flip.
+        strengths = settings.ControlSettings().qvec
+        flips = [rows[f"qvec_{strength}"]["flip_rate"] for strength in strengths]
+        assert len(flips) > 1 and flips == sorted(set(flips))
