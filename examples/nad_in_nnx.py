@@ -19,7 +19,7 @@ class Net(nnx.Module):
     def __call__(self, x):
         stage1 = nnx.relu(self.conv1(x))
         stage2 = nnx.relu(self.conv2(stage1))
-        return self.dense(stage2.max((1, 2))), {"stage1": stage1, "stage2": stage2}
+        return self.dense(stage2.max((1, 2))), {"s1": stage1, "s2": stage2}
 
 
 graph, fresh = nnx.split(Net(nnx.Rngs(0)))
@@ -36,8 +36,7 @@ def train(state, images, labels, *, steps, teacher=None):
         logits, features = apply(state, images)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if teacher is not None:
-            betas = {"stage1": 1e3, "stage2": 1e3}
-            loss += nad_jax.nad_loss(features, teacher, betas=betas)
+            loss += nad_jax.nad_loss(features, teacher, betas={"s1": 1e3, "s2": 1e3})
         return jnp.mean(loss)
 
     @jax.jit

@@ -29,9 +29,7 @@ def apply(params, x):
     return jnp.max(stage2, (1, 2)) @ params["dense"], {"s1": stage1, "s2": stage2}
 
 
-def train(params, images, labels, *, rate, steps, teacher=None):
-    tx = optax.adam(rate)
-
+def train(params, images, labels, *, steps, teacher=None):
     def loss_fn(params):
         logits, features = apply(params, images)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -50,11 +48,12 @@ def train(params, images, labels, *, rate, steps, teacher=None):
     return params
 
 
+tx = optax.adam(2e-2)
 data = poisoned_digits.load()
-victim = train(init(jax.random.key(0)), *data["poisoned"], rate=1e-2, steps=120)
-tuned = train(victim, *data["clean"], rate=2e-2, steps=80)
+victim = train(init(jax.random.key(0)), *data["poisoned"], steps=120)
+tuned = train(victim, *data["clean"], steps=80)
 teacher = jax.jit(apply)(tuned, data["clean"][0])[1]
-student = train(victim, *data["clean"], rate=2e-2, steps=80, teacher=teacher)
+student = train(victim, *data["clean"], steps=80, teacher=teacher)
 for name, params in {"victim": victim, "NAD": student}.items():
     predict = jax.jit(lambda x, params=params: apply(params, x)[0].argmax(-1))
     print(f"{name}: {poisoned_digits.acc_and_asr(predict, data)}")
