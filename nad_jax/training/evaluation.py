@@ -85,7 +85,8 @@ def make_evaluator(
         fractions, or None where nothing was counted, and their denominators.
 
     Raises:
-        InputError: arrays that do not fit together, or a trigger without targets.
+        InputError: arrays that do not fit together, or a trigger without targets. Of
+            that function, when it is first called: a label that no logit is of.
     """
     measure = _make_measure(
         apply_fn,
@@ -136,10 +137,11 @@ def _make_measure(
     num_examples = images.shape[0]
     if num_examples == 0:
         raise errors.InputError("there are no images to evaluate on, got 0")
-    labels = _as_labels("labels", labels, num_examples)
+    highest = {}
+    labels, highest["labels"] = _as_labels("labels", labels, num_examples)
     if trigger is not None and target_labels is None:
         raise errors.InputError("a trigger needs target_labels, got None")
-    targets = _as_labels(
+    targets, highest["target_labels"] = _as_labels(
         "target_labels", 0 if target_labels is None else target_labels, num_examples
     )
     batch_size = min(batch_size, num_examples)
@@ -167,6 +169,12 @@ def _make_measure(
             triggered = triggers.apply_trigger(clean, trigger)
             triggered_logits = _logits(apply_fn(variables, triggered))
         clean_logits = _logits(apply_fn(variables, clean))
+        for name, label in highest.items():
+            if label >= clean_logits.shape[-1]:
+                raise errors.InputError(
+                    f"{name} must be below {clean_logits.shape[-1]}, the number of "
+                    f"logits, got {label}"
+                )
         counts = metrics.count_batch(
             clean_logits,
             triggered_logits,
@@ -190,15 +198,18 @@ def _make_measure(
     return measure
 
 
-def _as_labels(name: str, value: Any, num_examples: int) -> jax.Array:
-    """int32 `[N]` from an int or `[N]`."""
+def _as_labels(name: str, value: Any, num_examples: int) -> tuple[jax.Array, int]:
+    """int32 `[N]` from an int or `[N]`, and the highest label."""
     value = np.asarray(value)
     if value.shape not in ((), (num_examples,)):
         raise errors.InputError(
             f"{name} must be an int or [{num_examples}], one per image, "
             f"got shape {value.shape}"
         )
-    return jnp.asarray(np.broadcast_to(value, num_examples).astype(np.int32))
+    if value.min() < 0:
+        raise errors.InputError(f"{name} must be >= 0, got {value.min()}")
+    labels = np.broadcast_to(value, num_examples).astype(np.int32)
+    return jnp.asarray(labels), int(value.max())
 
 
 def _logits(output: Any) -> jax.Array:

@@ -221,3 +221,22 @@ def test_misuse_is_one_line(variables, trigger):
         evaluation.evaluate(linear, variables, images, labels[:4])
     with pytest.raises(errors.InputError, match="no images"):
         evaluation.evaluate(linear, variables, images[:0], labels[:0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_labels": NUM_CLASSES}, "target_labels must be below 4, the number"),
+        ({"target_labels": [0, 1, 2, 3, 7]}, "below 4, the number of logits, got 7"),
+        ({"target_labels": -1}, "target_labels must be >= 0, got -1"),
+        ({"labels": [0, 0, 0, 0, 4]}, "^labels must be below 4.*got 4"),
+        ({"labels": [0, 0, -3, 0, 0]}, "^labels must be >= 0, got -3"),
+    ],
+)
+def test_a_label_that_no_logit_is_of_is_refused(variables, trigger, changes, words):
+    """A target beyond the logits would be an ASR of 0, -1 one of 1 for NaN logits."""
+    images, labels = dataset(5)
+    options = {"labels": labels, "trigger": trigger, "target_labels": 0, **changes}
+    with pytest.raises(errors.InputError, match=words) as raised:
+        evaluation.evaluate(linear, variables, images, **options)
+    assert "\n" not in str(raised.value)
