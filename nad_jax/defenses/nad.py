@@ -400,7 +400,11 @@ def _first_images(images: np.ndarray) -> jax.Array:
 def _stage_shapes(
     name: str, model: Any, variables: Any, images: np.ndarray
 ) -> dict[str, tuple[int, ...]]:
-    """Stage name -> shape of its features for a few images; nothing is computed."""
+    """Stage name -> shape of its features for a few images; nothing is computed.
+
+    Raises:
+      InputError: a net for images of another shape, or a stage that is no array.
+    """
     try:
         _, features = jax.eval_shape(
             lambda v, x: model.apply(v, x, train=False),
@@ -412,6 +416,13 @@ def _stage_shapes(
             f"the {name} cannot be given images of shape {list(images.shape[1:])}: "
             + str(error).split(" (http")[0]
         ) from None
+    for stage, one in features.items():
+        # A submodule of a foreign net may return anything.
+        if not isinstance(one, jax.ShapeDtypeStruct):
+            raise errors.InputError(
+                f"stage {stage!r} of the {name} must be one array, got "
+                f"{type(one).__name__}"
+            )
     return {stage: tuple(one.shape) for stage, one in features.items()}
 
 

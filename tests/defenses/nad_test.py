@@ -496,3 +496,25 @@ def test_capturing_nothing_lists_what_there_is(victim, batch):
     model = _captured({"a": "Conv_7"})
     with pytest.raises(errors.InputError, match="no submodule 'Conv_7'.*early, head"):
         model.apply(victim.variables, batch["images"])
+
+
+class _Pair(nn.Module):
+    """Returns two arrays where stages are one."""
+
+    @nn.compact
+    def __call__(self, images):
+        return images, images
+
+
+class _Paired(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        one, _ = _Pair(name="pair")(images)
+        return one.mean(axis=(1, 2)), {}
+
+
+def test_a_submodule_of_several_outputs_is_no_stage(clean_data):
+    net = base.Net(capture.Captured(_Paired(), {"two": "pair"}), {})
+    words = "stage 'two' of the victim must be one array, got tuple"
+    with pytest.raises(errors.InputError, match=words):
+        nad.check(net, clean_data, settings.NadSettings({"two": 1.0}))
