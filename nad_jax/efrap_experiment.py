@@ -106,6 +106,7 @@ def set_scene(
 ) -> Scene:
     """Everything that does not depend on the seed; `workdir` as in `load_data`."""
     train, test = pipeline.load_data(config.data, workdir)
+    pipeline.check_augmentation(config, train.images.shape[1:])
     attack = config.attack
     pipeline.check_target(attack.target_label, train, test)
     model = models.build(

@@ -155,6 +155,7 @@ def _set_scene(
     config: settings.NadExperimentSettings, workdir: workdir_lib.Workdir
 ) -> _Scene:
     train, test = pipeline.load_data(config.data, workdir)
+    pipeline.check_augmentation(config, train.images.shape[1:])
     attack = config.attack
     pipeline.check_target(attack.target_label, train, test)
     if config.zoo is None:

@@ -130,6 +130,30 @@ def check_target(
         )
 
 
+def check_augmentation(
+    config: Any, image_shape: tuple[int, ...], where: str = "config"
+) -> None:
+    """Raises InputError for a crop or a hole that may leave nothing of an image.
+
+    Args:
+      config: Settings; every `TrainingSettings` in it is looked at.
+      image_shape: `(H, W, C)`.
+      where: Dotted name of `config`, for messages.
+    """
+    side = min(image_shape[:2])
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}.{field.name}"
+        is_pixels = field.name in ("crop_padding", "cutout")
+        if is_pixels and isinstance(config, settings.TrainingSettings):
+            if value >= side:
+                raise errors.InputError(
+                    f"{name} must be below {side}, the shorter side of the images, "
+                    f"got {value}"
+                )
+        elif dataclasses.is_dataclass(value):
+            check_augmentation(value, image_shape, name)
+
+
 def build_trigger(
     choice: settings.TriggerSettings,
     image_shape: tuple[int, ...],

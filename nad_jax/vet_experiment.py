@@ -214,6 +214,7 @@ def _set_scene(
             f"{train.num_classes}"
         )
     image_shape = train.images.shape[1:]
+    pipeline.check_augmentation(config, image_shape)
     layers = layers_lib.find_layers(
         model,
         variables,

@@ -178,6 +178,21 @@ def test_an_attack_that_cannot_be_is_refused(variant, changes, words):
     [
         ("nad.py:smoke", ["attack.trigger.name=nope"], "trigger.name must be of"),
         (
+            "nad.py:smoke",
+            ["defense.training.crop_padding=8"],
+            "config.defense.training.crop_padding must be below 8, the shorter side",
+        ),
+        (
+            "efrap.py:smoke",
+            ["attack.recipe.hide.cutout=9"],
+            "config.attack.recipe.hide.cutout must be below 8, the shorter",
+        ),
+        (
+            "efrap.py:controls+smoke",
+            ["repairs.training.cutout=8"],
+            "config.repairs.training.cutout must be below 8",
+        ),
+        (
             "nad.py:smoke+controls",
             ["defense.clean_fraction=0.003"],
             "none of 4 clean images held out for fine_pruning, mode_connectivity",
