@@ -7,8 +7,9 @@
 # nodes may write, mounted at MOUNT on every pod: pods that restart have lost their own
 # disks, so the workdir must be there. It has to be a POSIX file system, such as Filestore
 # or another NFS: a bucket (GCS FUSE) renames no folder in one piece and locks no file.
-# CHIPS_PER_HOST is 4 unless given. GKE tells the pods of each other. With --dry-run the
-# JobSet is printed.
+# CHIPS_PER_HOST is 4 unless given. GKE tells the pods of each other. A pod that was asked
+# to stop before there is a result fails, so that the JobSet is started again. With
+# --dry-run the JobSet is printed.
 set -euo pipefail
 
 fail() { echo "gke_jobset.sh: $1" >&2; exit 2; }
@@ -36,6 +37,18 @@ esac
 
 # A YAML string in single quotes.
 quoted() { printf "'%s'" "${1//\'/\'\'}"; }
+
+# The program ends with 0 when it was asked to stop, and Kubernetes would call that
+# succeeded. Pod 0 writes the results; others might see an old listing of the volume. In
+# one process, as a shell in front of the program would keep SIGTERM to itself.
+program='import os, sys
+from nad_jax import main
+code = main.main(sys.argv)
+results = ("report", "audit", "inspection")
+paths = [os.path.join(os.environ["WORKDIR"], name + ".json") for name in results]
+if code == 0 and os.environ["JOB_COMPLETION_INDEX"] == "0":
+    code = 0 if any(map(os.path.exists, paths)) else 143
+sys.exit(code)'
 
 jobset() {
   cat << YAML
@@ -74,6 +87,14 @@ spec:
               containers:
                 - name: nad-jax
                   image: $(quoted "$IMAGE")
+                  command:
+                    - python
+                    - -c
+                    - |
+                      ${program//$'\n'/$'\n'                      }
+                  env:
+                    - name: WORKDIR
+                      value: $(quoted "$workdir")
                   ports:
                     - containerPort: 8471
                     - containerPort: 8482

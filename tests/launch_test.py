@@ -131,12 +131,15 @@ def test_slurm_submits_the_batch_job_which_starts_every_task():
         (0, "report.json", False),
         (0, "audit.json", False),
         (0, "inspection.json", False),
+        (143, None, True),
+        (143, "report.json", False),
+        (1, None, False),
         (2, None, False),
         (130, None, False),
     ],
 )
 def test_a_job_that_was_asked_to_stop_is_queued_again(tmp_path, code, result, requeued):
-    """SLURM calls it completed, since the program ends with 0 after SIGTERM."""
+    """SLURM calls 0 completed; where 0 is a verdict, it is 143 after SIGTERM."""
     said = tmp_path / "said"
     workdir = tmp_path / "a run"
     workdir.mkdir()
@@ -148,9 +151,22 @@ def test_a_job_that_was_asked_to_stop_is_queued_again(tmp_path, code, result, re
     path = f"{tmp_path}:{os.environ['PATH']}"
     arguments = ["--config=any", f"--workdir={workdir}"]
     ended = _run("slurm.sbatch", arguments, {"PATH": path, "SLURM_JOB_ID": "7"})
-    assert ended.returncode == code, ended.stderr
+    assert ended.returncode == (0 if requeued else code), ended.stderr
     assert said.exists() == requeued
     assert not requeued or said.read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("given", "told"), [("6", "6"), (None, "none")])
+def test_the_tasks_get_the_cpus_that_the_job_was_given(tmp_path, given, told):
+    """srun reads its own variable only, since SLURM 22.05."""
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "srun").write_text("#!/bin/sh\necho ${SRUN_CPUS_PER_TASK:-none}\n")
+    (tmp_path / "srun").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    if given is not None:
+        variables["SLURM_CPUS_PER_TASK"] = given
+    ended = _run("slurm.sbatch", ["--config=any", f"--workdir={tmp_path}"], variables)
+    assert (ended.returncode, ended.stdout) == (0, f"{told}\n"), ended.stderr
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "slurm.sbatch"])
@@ -273,6 +289,46 @@ def test_the_jobset_has_an_indexed_pod_on_every_host():
     assert f"--gid {group} runner" in dockerfile and "\nUSER runner\n" in dockerfile
     assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/runs"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+@pytest.mark.parametrize(
+    ("code", "result", "index", "ends_with"),
+    [
+        (0, None, 0, 143),
+        (0, None, 1, 0),
+        *((0, name, 0, 0) for name in ("report", "audit", "inspection")),
+        (143, None, 0, 143),
+        (1, "report", 0, 1),
+        (2, None, 1, 2),
+    ],
+)
+def test_a_pod_without_a_result_fails(tmp_path, code, result, index, ends_with):
+    """The program ends with 0 when it was asked to stop, which is no success."""
+    jobset = yaml.safe_load(_dry_run("gke_jobset.sh"))
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    (container,) = workers["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["env"] == [{"name": "WORKDIR", "value": "/runs/one"}]
+    (tmp_path / "nad_jax").mkdir()
+    (tmp_path / "nad_jax" / "__init__.py").write_text("")
+    fake = f"def main(argv):\n    print(argv[1:])\n    return {code}\n"
+    (tmp_path / "nad_jax" / "main.py").write_text(fake)
+    if result is not None:
+        (tmp_path / f"{result}.json").write_text("{}")
+    python, *command = container["command"]
+    assert python == "python"
+    ended = subprocess.run(
+        [sys.executable, *command, *container["args"]],
+        env={
+            "PYTHONPATH": str(tmp_path),
+            "WORKDIR": str(tmp_path),
+            "JOB_COMPLETION_INDEX": str(index),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == ends_with, ended.stderr
+    assert ended.stdout == f"{container['args']}\n"
 
 
 @pytest.mark.parametrize(
