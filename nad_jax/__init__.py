@@ -3,7 +3,7 @@
 
 The names below are the library. Each is loaded when it is first used, so that
 `import nad_jax` costs nothing, the mathematics need jax and numpy alone, and only what
-walks through a model (`efrap`) loads Flax.
+walks through a model (`efrap`, `nad`) loads Flax.
 """
 
 import importlib
@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from nad_jax.defenses.adam_rounding import AdamSettings
     from nad_jax.defenses.efrap import efrap
     from nad_jax.defenses.flip_weight_choice import choose_flip_weight
+    from nad_jax.defenses.nad_of_module import nad
     from nad_jax.defenses.quantized_module import Quantized
     from nad_jax.defenses.rounding_inspection import Inspection, inspect
     from nad_jax.errors import InputError
+    from nad_jax.models.capture import Captured
 
 __version__ = "0.1.0"
 
@@ -87,15 +89,18 @@ _MODULES = {
     "nad_jax.defenses.adam_rounding": ("AdamSettings",),
     "nad_jax.defenses.efrap": ("efrap",),
     "nad_jax.defenses.flip_weight_choice": ("choose_flip_weight",),
+    "nad_jax.defenses.nad_of_module": ("nad",),
     "nad_jax.defenses.quantized_module": ("Quantized",),
     "nad_jax.defenses.rounding_inspection": ("Inspection", "inspect"),
     "nad_jax.errors": ("InputError",),
+    "nad_jax.models.capture": ("Captured",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AdamSettings",
     "Audit",
+    "Captured",
     "InputError",
     "Inspection",
     "LayerAudit",
@@ -119,6 +124,7 @@ __all__ = [
     "hard_rounding",
     "inspect",
     "logit_distance",
+    "nad",
     "nad_loss",
     "nearest_rounding",
     "place",
