@@ -142,12 +142,25 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str, dict[str, Any]]:
     name = pathlib.Path(file_name.split(":")[0]).stem
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     typed = settings.parse(config.value.to_dict())
+    check_place(typed.data)
     mode, *others = join_flags
     return (
         typed,
         workdir.value or f"runs/{name}-{stamp}",
         {"mode": mode.value, **{flag.name: flag.value for flag in others}},
     )
+
+
+def check_place(data: settings.DataSettings) -> None:
+    """Raises InputError for a folder that nobody would look into.
+
+    Only of a command: workdirs of earlier ones may hold such settings.
+    """
+    if data.name == "digits" and data.data_dir is not None:
+        raise errors.InputError(
+            "config.data.data_dir must be None for digits, which come with "
+            f"scikit-learn, got {data.data_dir!r}"
+        )
 
 
 def _joined(argv: Sequence[str]) -> list[str]:

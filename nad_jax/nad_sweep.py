@@ -292,10 +292,14 @@ def _sweep(arguments: argparse.Namespace, command: str, stop: Any) -> int:
         changes["data.data_dir"] = arguments.data_dir
     scale = arguments.variant
     base = _config(scale, changes)
-    chosen = {
-        name: _config("+".join(filter(None, (scale, name))), changes).attack
-        for name in arguments.attacks
-    }
+    program.check_place(base.data)
+    chosen = {}
+    for name in arguments.attacks:
+        attack = _config("+".join(filter(None, (scale, name))), changes).attack
+        # A scale is no attack, and neither are several parts of a variant.
+        if base.zoo is None and attack.name != name:
+            raise errors.InputError(f"--attacks must name attacks, got {name!r}")
+        chosen[name] = attack
     try:
         cells = sweep(base, chosen, arguments, should_stop=stop.is_set)
     except workdir_lib.Interrupted as interruption:

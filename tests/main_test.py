@@ -46,6 +46,10 @@ def _fails(capsys, *arguments):
         ([CONFIG, "--config.defense.weight_bits=11"], ["2 to 8, got 11"]),
         ([CONFIG, "--config.attack.grid.range_method=mse"], ["absmax or minmax"]),
         ([CONFIG, "--config.defense.grid.range_method=avg"], ["range_method", "avg"]),
+        (
+            [CONFIG, "--config.data.data_dir=here"],
+            ["config.data.data_dir must be None for digits", "got 'here'"],
+        ),
         ([CONFIG, "--bogus=1"], ["bogus"]),
         ([CONFIG, "stray"], ["unexpected argument 'stray'"]),
         ([CONFIG, "--config.lr=1", SMOKE], ["given 2 times", "efrap.py:smoke)"]),

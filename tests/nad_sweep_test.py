@@ -61,6 +61,7 @@ def test_the_drawing_puts_a_gain_on_the_better_side():
     [
         ("--variant=huge", "variant must be"),
         ("--poison_rates=2", "poison_rate must"),
+        ("--data_dir=here", "config.data.data_dir must be None for digits"),
         ("--clean_fractions=0.1,7", "clean_fraction must be in (0, 1], got 7.0"),
         ("--poison_rates=0.1,0.10000001", "badnets-0.1"),
         ("--clean_fractions=0.1,0.10000001", "clean-0.1;"),
@@ -96,6 +97,16 @@ def test_a_list_names_what_it_takes(argument, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         nad_sweep.main([*paths, argument])
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cifar10", "smoke", "blend+smoke", "zoo/x"])
+def test_a_scale_is_no_attack(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(nad_experiment, "run", lambda *a, **k: 1 / 0)
+    paths = [f"--out={tmp_path / 'o.json'}", f"--workdir={tmp_path / 'w'}"]
+    assert nad_sweep.main([*paths, f"--attacks=badnets,{name}"]) == 2
+    said = capsys.readouterr().err
+    assert f"--attacks must name attacks, got {name!r}" in said
+    assert said.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
 def test_a_clean_label_attack_gets_what_its_class_can_give():
