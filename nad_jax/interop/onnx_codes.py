@@ -139,7 +139,7 @@ def _layers(nodes, arrays):
         layer = weight.output[0].removesuffix("/kernel")
         stored, scale, zero_point = (arrays[name] for name in weight.input)
         widths[layer] = _WIDTHS[stored.dtype.name]
-        wide = np.uint8 if stored.dtype.name.startswith("u") else np.int8
+        wide = np.int8 if _is_signed(stored) else np.uint8
         rank = stored.ndim
         # Conv: [O, I, *window] -> [*window, I, O].
         order = (*range(2, rank), 1, 0) if node.op_type == "Conv" else range(rank)
@@ -150,7 +150,13 @@ def _layers(nodes, arrays):
                 f"{num_scales} scales of {shown(layer)}; accepted are one, or one for "
                 f"each of its {codes[layer].shape[-1]} output channels"
             )
-        grids[layer] = _grid(scale, zero_point, (1,) * (rank - 1) + (num_scales,))
+        grids[layer] = _grid(
+            scale,
+            zero_point,
+            (1,) * (rank - 1) + (num_scales,),
+            bits=widths[layer],
+            signed=_is_signed(stored),
+        )
         grid = _input_grid(made_by.get(node.input[0]), made_by, arrays)
         if grid is not None:
             act_grids[layer] = grid[0]
@@ -161,14 +167,26 @@ def _layers(nodes, arrays):
     return codes, grids, widths, act_grids, act_bits
 
 
-def _grid(scale, zero_point, shape) -> quantization.QuantParams:
-    """float32 and int32 of that shape."""
+def _is_signed(array: np.ndarray) -> bool:
+    return not array.dtype.name.startswith("u")
+
+
+def _grid(scale, zero_point, shape, *, bits, signed) -> quantization.QuantParams:
+    """float32 and int32 of that shape; a grid holds its zero points."""
     scale = np.asarray(scale, np.float32).reshape(shape)
     if not np.all(np.isfinite(scale) & (scale > 0)):
         raise Refusal(
             f"a scale of {float(scale.min()):g}; accepted are finite numbers > 0"
         )
-    zero_point = np.asarray(zero_point).astype(np.int32).reshape(shape)
+    zero_point = np.asarray(zero_point).astype(np.int64).reshape(shape)
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = low + 2**bits - 1
+    if not low <= zero_point.min() <= zero_point.max() <= high:
+        raise Refusal(
+            f"zero points in [{zero_point.min()}, {zero_point.max()}]; accepted are "
+            f"those of the grid, [{low}, {high}]"
+        )
+    zero_point = zero_point.astype(np.int32)
     return quantization.QuantParams(scale, zero_point)  # pyright: ignore
 
 
@@ -177,10 +195,9 @@ def _input_grid(dequantize, made_by, arrays):
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None
     scale, zero_point = (arrays[name] for name in dequantize.input[1:])
-    params = _grid(scale, zero_point, ())
     bits = 8
     clip = made_by.get(made_by[dequantize.input[0]].input[0])
     if clip is not None and clip.op_type == "Clip":
-        high = float(arrays[clip.input[2]]) / float(scale) + float(params.zero_point)
-        bits = round(math.log2(high + 1))
-    return params, bits
+        high = float(arrays[clip.input[2]]) / float(scale) + float(zero_point)
+        bits = round(math.log2(high + 1)) + _is_signed(zero_point)
+    return _grid(scale, zero_point, (), bits=bits, signed=_is_signed(zero_point)), bits

@@ -59,6 +59,46 @@ def _set_scale(model, scale):
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(scale, "head/scale"))
 
 
+def _set_zero_points(model, values):
+    name = "head/zero_point"
+    model.graph.initializer[2].CopyFrom(numpy_helper.from_array(values, name))
+
+
+def _quantize_inputs(model, zero_point, highest):
+    """Inputs of step 1 in codes up to `highest`, behind a Clip."""
+    ends = np.float32([0, highest]) - np.float32(zero_point)
+    arrays = {"scale": np.float32(1.0), "zero": zero_point}
+    arrays |= {"low": ends[0], "high": ends[1]}
+    for name, array in arrays.items():
+        tensor = numpy_helper.from_array(np.asarray(array), name)
+        model.graph.initializer.append(tensor)
+    gemm = model.graph.node.pop()
+    gemm.input[0] = "back"
+    model.graph.node.extend(
+        [
+            helper.make_node("Clip", ["images", "low", "high"], ["clipped"]),
+            helper.make_node("QuantizeLinear", ["clipped", "scale", "zero"], ["codes"]),
+            helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["back"]),
+            gemm,
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "highest", "bits"),
+    [(np.uint8(15), 15, 4), (np.uint8(3), 63, 6), (np.int8(-7), 7, 4)],
+)
+def test_the_width_of_inputs_is_that_of_their_codes(
+    tmp_path, zero_point, highest, bits
+):
+    model = _model()
+    _quantize_inputs(model, zero_point, highest)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    read = onnx_codes.read_onnx(tmp_path / "m.onnx")
+    assert read.act_bits == bits
+    assert read.act_params["head"].zero_point == zero_point
+
+
 def _keep_elsewhere(model):
     model.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
 
@@ -74,6 +114,18 @@ def _keep_elsewhere(model):
         (lambda model: _set_scale(model, np.ones(5)), "5 scales of 'head'; accepted"),
         (lambda model: _set_scale(model, [1, -1, 1]), "a scale of -1; accepted"),
         (lambda model: _set_scale(model, [np.nan] * 3), "a scale of nan; accepted"),
+        (
+            lambda model: _set_zero_points(model, np.array([0, 200, 0], np.uint8)),
+            r"zero points in \[0, 200\]; accepted are those of the grid, \[-128, 127\]",
+        ),
+        (
+            lambda model: _set_zero_points(model, np.array([0, 0, -(2**32)], np.int64)),
+            r"zero points in \[-4294967296, 0\]",
+        ),
+        (
+            lambda model: _quantize_inputs(model, np.uint8(16), 15),
+            r"zero points in \[16, 16\]; accepted are those of the grid, \[0, 15\]",
+        ),
         (lambda model: model.graph.ClearField("node"), "no layer's weights are codes"),
     ],
 )
