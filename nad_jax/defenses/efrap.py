@@ -272,6 +272,7 @@ def efrap(
         """The grid of a layer that is called several times; one serves all calls."""
         num_images = images.shape[0]
         inputs = activation_grids.join_calls(inputs, num_images=num_images)
+        moments_lib.checked_largest(layer, inputs)
         act_params[layer.name] = activation_grids.measure(
             inputs, grid, widths[layer.name], num_images=num_images
         )
@@ -283,6 +284,8 @@ def efrap(
         if layer.name in act_params:
             inputs = quantize_inputs(layer, inputs)
         elif act_specs:
+            # Methods that solve nothing look at no other number of these.
+            moments_lib.checked_largest(layer, float_inputs)
             act_params[layer.name], inputs = measure_and_quantize(
                 float_inputs, inputs, widths[layer.name], act_specs[layer.name]
             )

@@ -153,9 +153,18 @@ def natural_units(layer: layers_lib.Layer, kernel: Any, inputs: jax.Array) -> Un
     Raises:
       InputError: an input is not finite.
     """
+    return Units.natural(layer.geometry, kernel, checked_largest(layer, inputs))
+
+
+def checked_largest(layer: layers_lib.Layer, inputs: jax.Array) -> np.ndarray:
+    """`largest_inputs` of a layer.
+
+    Raises:
+      InputError: an input is not finite.
+    """
     largest = np.asarray(largest_inputs(inputs))
     check_finite(layer, "inputs", float(np.max(largest)))
-    return Units.natural(layer.geometry, kernel, largest)
+    return largest
 
 
 def check_finite(layer: layers_lib.Layer, what: str, value: float) -> None:

@@ -111,8 +111,19 @@ def test_a_huge_input_that_nobody_weighs_does_not_hide_the_others(images):
     assert (found[1] != nearest).any()
 
 
-@pytest.mark.parametrize("method", ["coordinate", "feedback", "adam"])
-def test_what_is_not_finite_is_refused_by_the_layers_name(variables, images, method):
+@pytest.mark.parametrize(
+    ("method", "act_bits"),
+    [
+        ("coordinate", None),
+        ("feedback", None),
+        ("adam", None),
+        ("nearest", 8),
+        ("stochastic", 4),
+    ],
+)
+def test_what_is_not_finite_is_refused_by_the_layers_name(
+    variables, images, method, act_bits
+):
     """Every comparison with NaN is false: it would be nearest rounding, converged."""
     broken = jax.tree.map(lambda x: x, variables)
     kernel = broken["params"]["first"]["kernel"]
@@ -120,7 +131,9 @@ def test_what_is_not_finite_is_refused_by_the_layers_name(variables, images, met
     broken["params"]["first"]["kernel"] = kernel * 2.0**127
     broken["params"]["second"]["kernel"] *= 2.0**127
     with pytest.raises(errors.InputError, match="must be finite in float32") as raised:
-        nad_jax.efrap(Net(), broken, images, weight_bits=4, method=method)
+        nad_jax.efrap(
+            Net(), broken, images, weight_bits=4, act_bits=act_bits, method=method
+        )
     assert "\n" not in str(raised.value)
 
 
