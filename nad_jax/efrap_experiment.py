@@ -67,6 +67,8 @@ def run(
         scene = set_scene(config, workdir)
     if config.repairs is not None:
         repairs.check(config.repairs, scene.model, scene.train, teacher)
+    wanted = config.defense.calibration_images
+    notes = roundings.tell_shortage(scene.train, wanted, workdir)
     rows: list[schema.Row] = []
     layers: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
@@ -90,6 +92,7 @@ def run(
         canary=canary,
         figures=figures,
         layers=layers,
+        notes=notes,
         facts={
             "attack": config.attack.name,
             "weight_bits": config.defense.weight_bits,

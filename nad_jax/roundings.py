@@ -134,6 +134,24 @@ def calibration_images(
     return batches.to_float(jnp.asarray(train.images[np.asarray(chosen)]))
 
 
+def tell_shortage(
+    train: sources.Dataset, wanted: int, workdir: workdir_lib.Workdir
+) -> list[str]:
+    """Says if there are fewer than `wanted` images to calibrate on.
+
+    Returns:
+      The same as a note for the report; none if there are enough.
+    """
+    if len(train) >= wanted:
+        return []
+    note = (
+        f"Calibrated on {len(train):,} images, all that {train.name} has for training; "
+        f"calibration_images asks for {wanted:,}."
+    )
+    workdir.say(note)
+    return [note]
+
+
 def load_calibration_images(
     data: settings.DataSettings, wanted: int, seed: int
 ) -> jax.Array:

@@ -105,9 +105,9 @@ def run(
 
     key = jax.random.key(config.seed)
     clean_key, repair_key, calibration_key, rounding_key = jax.random.split(key, 4)
-    calibration = roundings.calibration_images(
-        scene.train, config.defense.calibration_images, calibration_key
-    )
+    wanted = config.defense.calibration_images
+    shortage = roundings.tell_shortage(scene.train, wanted, workdir)
+    calibration = roundings.calibration_images(scene.train, wanted, calibration_key)
 
     def rounded(name, row_name, variables):
         workdir.check_stop()
@@ -189,7 +189,7 @@ def run(
         claims=claims,
         canary=canary,
         figures=None,
-        notes=[*converted.notes, *_notes(scene, files)],
+        notes=[*converted.notes, *shortage, *_notes(scene, files)],
         command=command,
     )
     _say_verdict(workdir, claims, scene)

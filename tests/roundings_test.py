@@ -37,6 +37,17 @@ def test_calibration_images_come_in_random_order_and_once_each():
     assert sorted(rows(10 * COUNT)) == list(range(COUNT))
 
 
+def test_a_shortage_of_images_is_told_once_in_the_terminal_and_in_a_note():
+    images = np.zeros((COUNT, 2, 2, 1), np.uint8)
+    data = sources.Dataset(images, np.zeros(COUNT, np.int32), 1, "few")
+    said = []
+    workdir = types.SimpleNamespace(say=said.append)
+    assert roundings.tell_shortage(data, COUNT, workdir) == [] == said
+    (note,) = roundings.tell_shortage(data, 1024, workdir)
+    assert said == [note] and "\n" not in note
+    assert "on 40 images" in note and "asks for 1,024" in note
+
+
 def test_codes_of_different_seeds_are_different_stages():
     """They are restored by the name of the stage."""
     folders = []
