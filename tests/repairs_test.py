@@ -111,9 +111,8 @@ def test_the_rows_that_distil_differ_in_radius_and_logits(
 def test_logits_that_cannot_count_are_refused_by_name(field, value):
     sections = nad_config.get_config("smoke").to_dict()
     sections["defense"]["victim_logits"][field] = value
-    with pytest.raises(
-        errors.InputError, match=f"victim_logits.{field} must be (> 0|finite)"
-    ):
+    words = f"victim_logits.{field} must be (> 0|finite), got {value}"
+    with pytest.raises(errors.InputError, match=words):
         settings.parse(sections)
 
 
