@@ -217,7 +217,9 @@ def tune(
 
     def after_epoch(state, metrics):
         notes = memory.notes
-        variables = variables_of(state)
+        # Not on every device of the mesh, or each would evaluate all images. And a copy:
+        # the loop uses the memory of its state again.
+        variables = sharding.unreplicate(variables_of(state))
         metrics = {"epoch": int(state.epoch), **metrics}
         if validate is not None:
             metrics["validation_accuracy"] = validate(variables)
@@ -230,7 +232,7 @@ def tune(
         if metrics["validation_accuracy"] > notes["best_accuracy"]:
             notes["best_accuracy"] = metrics["validation_accuracy"]
             notes["waited"] = 0
-            memory.arrays = sharding.unreplicate(jax.tree.map(jnp.copy, variables))
+            memory.arrays = variables
         if tuning.patience is not None and notes["waited"] >= tuning.patience:
             raise _Settled
 
