@@ -217,7 +217,7 @@ def tune(
 
     def after_epoch(state, metrics):
         notes = memory.notes
-        # Not on every device of the mesh, or each would evaluate all images. And a copy:
+        # Not on every device of the mesh, or each would evaluate all images; a copy, as
         # the loop uses the memory of its state again.
         variables = sharding.unreplicate(variables_of(state))
         metrics = {"epoch": int(state.epoch), **metrics}
