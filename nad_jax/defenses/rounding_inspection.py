@@ -37,9 +37,10 @@ from nad_jax.training import evaluation
 TIE_DISTANCE = 0.05
 # Steps of the grids that tell what to expect, as multiples of the real one's.
 _OTHER_STEPS = (0.83, 0.87, 0.91, 0.95, 1.05, 1.09, 1.13, 1.17)
-# Above these a model is suspicious. `benchmarks.inspection_rates` tells how often they
-# are right; ties must also be more than counting so few weights explains.
-TIE_LIMIT, DRIFT_LIMIT, OUTLIER_LIMIT = 1.05, 1.5, 60.0
+# Above these a model is suspicious; ties must also be more than counting so few weights
+# explains. That of ties is set on seeds 3 and 4 of `benchmarks.inspection_rates`, which
+# tells how often the limits are right on others.
+TIE_LIMIT, DRIFT_LIMIT, OUTLIER_LIMIT = 1.03, 1.5, 60.0
 _TIE_DEVIATIONS = 4.0
 # A number that JSON can hold stands for all that is larger, infinity included.
 _MOST_OUTLIER_RATIO = 1e6
