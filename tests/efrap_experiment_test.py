@@ -120,7 +120,7 @@ def test_float_repairs_make_two_rows_each(tmp_path):
 @pytest.mark.parametrize(
     ("attack", "roundings", "act_bits"),
     [
-        ("qu_anti_zation", ("nearest", "qvec"), None),
+        ("qu_anti_zation", ("nearest", "qvec", "efrap", "efrap_chosen"), None),
         ("compartifact", ("nearest",), 8),
     ],
 )
@@ -132,6 +132,7 @@ def test_an_attack_on_another_grid_than_the_defenders_is_measured_on_both(
     sections["attack"]["recipe"]["training"]["epochs"] = 1
     sections["attack"]["grid"]["per_channel"] = False
     sections["defense"].update(roundings=roundings, act_bits=act_bits)
+    sections["defense"]["flip_weight"] = 1e4  # Far beyond what can be chosen.
     workdir = workdir_lib.Workdir(tmp_path, {})
     efrap_experiment.run(settings.parse(sections), workdir)
     workdir.close()
@@ -150,3 +151,8 @@ def test_an_attack_on_another_grid_than_the_defenders_is_measured_on_both(
         strengths = settings.ControlSettings().qvec
         flips = [rows[f"qvec_{strength}"]["flip_rate"] for strength in strengths]
         assert len(flips) > 1 and flips == sorted(set(flips))
+    if "efrap_chosen" in roundings:  # The row says what was chosen, from what.
+        extra = rows["efrap_chosen"]["extra"]
+        assert f"{extra['flip_weight']:g}" in extra["disagreement"]
+        rates = [rows[name]["flip_rate"] for name in ("efrap_chosen", "efrap")]
+        assert rates[0] < rates[1]
