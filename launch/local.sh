@@ -53,13 +53,17 @@ done
 
 # The first failure ends all: the others would wait for a process that is gone.
 status=0
-running=${#children[@]}
-while [ "$running" -gt 0 ]; do
+while [ ${#children[@]} -gt 0 ]; do
   code=0
   ended=
   wait -n -p ended "${children[@]}" || code=$?
   [ -n "${ended:-}" ] || continue # a signal to this script, passed on by the trap
-  running=$((running - 1))
+  # One that was waited for is no job any more, and its number may be another's.
+  left=()
+  for child in "${children[@]}"; do
+    [ "$child" = "$ended" ] || left+=("$child")
+  done
+  children=("${left[@]}")
   if [ $code -ne 0 ] && [ $status -eq 0 ]; then
     status=$code
     sleep "$GRACE_SECONDS"

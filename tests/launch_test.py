@@ -112,6 +112,16 @@ def test_local_starts_every_process_with_its_number():
         assert "--num_processes=2" in command and "--distributed=required" in command
 
 
+def test_local_waits_for_every_process_and_says_nothing_itself(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 0.1\n")
+    python.chmod(0o755)
+    result = _run(
+        "local.sh", ["4", *TAIL[:1], "x"], {"PYTHON": str(python), "PORT": "1"}
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_slurm_submits_the_batch_job_which_starts_every_task():
     (submit,) = _commands(_dry_run("slurm.sh", GPUS_PER_TASK="1"))
     told = [*TAIL[1:], "--workdir=shared"]
