@@ -15,6 +15,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from nad_jax.data import sources  # noqa: E402
+
 # For this process alone; not before jax is asked for its devices.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,3 +44,16 @@ def write_npz():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """Settings of 200 + 200 digits: enough for a run of which only the way counts."""
+    path = tmp_path_factory.mktemp("few") / "digits.npz"
+    parts = {}
+    for split in ("train", "test"):
+        digits = sources.load("digits", split=split, image_size=8).take(np.arange(200))
+        parts[f"images_{split}"] = digits.images
+        parts[f"labels_{split}"] = digits.labels
+    np.savez(path, **parts)
+    return {"name": "npz", "data_dir": str(path)}

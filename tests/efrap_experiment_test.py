@@ -92,8 +92,9 @@ def test_controls_of_a_transformer_are_not_trained_like_a_residual_net(variant):
 
 
 @pytest.mark.slow
-def test_float_repairs_make_two_rows_each(tmp_path):
+def test_float_repairs_make_two_rows_each(few_digits, tmp_path):
     sections = config_file.get_config("controls+smoke")
+    sections.data.update(few_digits)
     sections.defense.roundings = ("nearest",)
     sections.repairs.rows = ("fine_tuning",)
     config = settings.parse(sections.to_dict())
@@ -125,11 +126,10 @@ def test_float_repairs_make_two_rows_each(tmp_path):
     ],
 )
 def test_an_attack_on_another_grid_than_the_defenders_is_measured_on_both(
-    attack, roundings, act_bits, tmp_path
+    attack, roundings, act_bits, few_digits, tmp_path
 ):
     sections = config_file.get_config(f"{attack}+smoke").to_dict()
-    sections["victim"]["epochs"] = 1
-    sections["attack"]["recipe"]["training"]["epochs"] = 1
+    sections["data"].update(few_digits)
     sections["attack"]["grid"]["per_channel"] = False
     sections["defense"].update(roundings=roundings, act_bits=act_bits)
     sections["defense"]["flip_weight"] = 1e4  # Far beyond what can be chosen.

@@ -25,6 +25,17 @@ CONFIG = f"--config={ROOT / 'configs' / 'efrap.py'}"
 SMOKE = f"{CONFIG}:smoke"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _children_compile_a_little():
+    """They train, all with the same programs, and keep those: twice as fast so."""
+    quick = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = quick.replace(
+        "optimization_level=0", "optimization_level=1"
+    )
+    yield
+    os.environ["XLA_FLAGS"] = quick
+
+
 def _fails(capsys, *arguments):
     """The one line that a bad command line prints."""
     assert main.main(["main", *arguments]) == 2

@@ -145,10 +145,11 @@ def test_every_attack_draws_its_trigger_on_every_scale(attack):
 
 
 @pytest.mark.slow
-def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
+def test_the_smoke_run_is_whole_and_repeatable(few_digits, tmp_path, capsys):
     """Rows of both models, the index file, and stages that are not repeated."""
     wanted = ("fine_tuning", "mode_connectivity", "nad")
     command = ["main", f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.data.{key}={value}" for key, value in few_digits.items()]
     command += [f"--config.defense.rows={wanted!r}"]
     command.append("--config.defense.clean_model_rows=('fine_tuning',)")
     assert main.main(command) == 0
@@ -162,10 +163,10 @@ def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
         before = rows[row["model"], "float"]
         drop = max(0, before["asr"] - row["asr"]) - max(0, before["acc"] - row["acc"])
         assert row["extra"]["der"] == pytest.approx((drop + 1) / 2)
-        assert (row["acc_count"], row["asr_count"]) == (500, 450)
+        assert row["acc_count"] == 200 and 100 < row["asr_count"] < 200
     assert 0 <= rows["backdoored", "mode_connectivity"]["extra"]["position"] <= 1
     facts = ("attack", "dataset", "clean_fraction", "poison_rate", "seed")
-    assert [report[key] for key in facts] == ["badnets", "digits", 0.2, 0.1, 0]
+    assert [report[key] for key in facts] == ["badnets", "npz", 0.2, 0.1, 0]
     curves = {(curve["model"], curve["row"]): curve for curve in report["curves"]}
     assert ("backdoored", "mode_connectivity") not in curves
     for place in (("backdoored", "nad"), ("clean", "fine_tuning")):
@@ -173,7 +174,7 @@ def test_the_smoke_run_is_whole_and_repeatable(tmp_path, capsys):
             assert len(curves[place][rate]) == 1 + 2
             assert curves[place][rate][-1] == rows[place][rate]
     record = json.loads((tmp_path / "run" / "clean_indices-seed0.json").read_text())
-    assert len(record["train"]) + len(record["validation"]) == round(0.2 * 1297)
+    assert len(record["train"]) + len(record["validation"]) == 0.2 * 200
     assert not set(record["train"]) & set(record["validation"])
 
     capsys.readouterr()

@@ -28,6 +28,11 @@ def python(path: str) -> str:
     return f"open({path!r}, 'w').close()"
 
 
+def python_once(path: str) -> str:
+    """Ends in an error, for what would repeat it a million times."""
+    return f"{python(path)}; 1 / 0"
+
+
 def shell(path: str) -> str:
     return f"touch '{path}'"
 
@@ -240,7 +245,7 @@ ATTACKS = [
     Attack("os.popen", called("os", "popen", shell)),
     Attack("os.mkdir", called("os", "mkdir", str)),
     Attack("subprocess.getoutput", called("subprocess", "getoutput", shell)),
-    Attack("timeit.timeit", called("timeit", "timeit", python)),
+    Attack("timeit.timeit", called("timeit", "timeit", python_once)),
     Attack("cProfile.run", called("cProfile", "run", python)),
     Attack("logging.FileHandler", called("logging", "FileHandler", str)),
     Attack("runpy.run_path", called("runpy", "run_path", str), live=False),
