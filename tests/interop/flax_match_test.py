@@ -32,13 +32,13 @@ def refusal(arrays, arch=None):
     return message
 
 
-@pytest.mark.parametrize("prefix", ["", "float/"])
 @pytest.mark.parametrize(
-    "arch",
+    ("arch", "prefix"),
     [
-        pytest.param(n, marks=[pytest.mark.slow] if n.startswith(LARGE) else [])
+        pytest.param(n, "", marks=[pytest.mark.slow] if n.startswith(LARGE) else [])
         for n in (*models.model_names(), "wrn_10_3")
-    ],
+    ]
+    + [("resnet_8", "float/"), ("vit_tiny", "float/")],
 )
 def test_every_model_is_found_and_comes_back(arch, prefix):
     # A quarter of the channels, but for the transformers, whose heads are whole.
