@@ -250,8 +250,13 @@ def _relation_matrices(features: Any) -> list[jax.Array]:
     maps = [features[stage] for stage in sorted(features) if features[stage].ndim == 4]
     matrices = []
     for wide, narrow in zip(maps, maps[1:], strict=False):
-        window = (wide.shape[1] // narrow.shape[1], wide.shape[2] // narrow.shape[2])
-        pooled = nn.avg_pool(wide, window, strides=window)
+        batch, height, width, _ = narrow.shape
+        pooled = jnp.mean(
+            jnp.reshape(
+                wide, (batch, height, -1, width, wide.shape[2] // width, wide.shape[3])
+            ),
+            axis=(2, 4),
+        )
         matrix = jnp.einsum("bhwc,bhwd->bcd", pooled, narrow)
         norm = jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(1, 2), keepdims=True) + 1e-12)
         matrices.append(matrix / norm)
