@@ -59,6 +59,7 @@ class _Case:
       nad: The attention term.
       logits: How much the victim's logits count; None = not at all.
       key: Of the batches.
+      teachers: Those made so far from these images, by number.
     """
 
     net: base.Net
@@ -67,12 +68,19 @@ class _Case:
     nad: settings.NadSettings
     logits: settings.LogitSettings | None
     key: jax.Array
+    teachers: dict[int, Any]
 
-    def teacher(self, key: jax.Array) -> Any:
-        made = nad.make_teacher(
-            self.net, self.data, self.tuning, epochs=self.nad.teacher_epochs, key=key
-        )
-        return made.variables
+    def teacher(self, number: int = 0) -> Any:
+        """The victim, fine-tuned; 0 is the library's, others saw other batches."""
+        if number not in self.teachers:
+            self.teachers[number] = nad.make_teacher(
+                self.net,
+                self.data,
+                self.tuning,
+                epochs=self.nad.teacher_epochs,
+                key=jax.random.fold_in(self.key, number) if number else self.key,
+            ).variables
+        return self.teachers[number]
 
     def apply(self, variables: Any, images: jax.Array) -> Any:
         return self.net.model.apply(variables, images, train=False)
@@ -134,13 +142,13 @@ def _nad(case: _Case) -> Any:
         case.tuning,
         case.nad,
         key=case.key,
+        teacher=base.Net(case.net.model, case.teacher()),
         victim_logits=case.logits,
     ).variables
 
 
 def _two_teachers(case: _Case) -> Any:
-    keys = (case.key, jax.random.fold_in(case.key, 1))
-    teachers = tuple(case.teacher(key) for key in keys)
+    teachers = (case.teacher(0), case.teacher(1))
 
     def distil(features, teachers, batch, state):
         del state
@@ -185,7 +193,7 @@ def _moving_teacher(case: _Case, keep: Callable[[jax.Array], jax.Array]) -> Any:
             "params": case.net.variables["params"],
             "batch_stats": {
                 "own": case.net.variables["batch_stats"],
-                "teacher": case.teacher(case.key),
+                "teacher": case.teacher(),
                 "step": jnp.int32(0),
             },
         },
@@ -229,7 +237,7 @@ def _perturbed(case: _Case) -> Any:
         )
         return case.attention(there, case.apply(teacher, images)[1])
 
-    return case.train(case.net, distil, case.teacher(case.key))
+    return case.train(case.net, distil, case.teacher())
 
 
 def _relations(case: _Case) -> Any:
@@ -242,7 +250,7 @@ def _relations(case: _Case) -> Any:
             for a, b in zip(mine, wanted, strict=True)
         )
 
-    return case.train(case.net, distil, case.teacher(case.key))
+    return case.train(case.net, distil, case.teacher())
 
 
 def _relation_matrices(features: Any) -> list[jax.Array]:
@@ -323,6 +331,7 @@ def measure(
             validation_fraction=defense.validation_fraction,
         )
         data = base.clean_data(train, *rows)
+        teachers: dict[int, Any] = {}
         for step in step_names:
             is_plain = step == "plain"
             case = _Case(
@@ -335,6 +344,7 @@ def measure(
                 defense.nad,
                 None if is_plain else defense.victim_logits,
                 repair_key,
+                teachers,
             )
             for variant in variants:
                 repaired = VARIANTS[variant](case)
