@@ -3,6 +3,7 @@
 
     python -m benchmarks.distillation_variants --out=FILE [--variants=nad,relations]
         [--victims=digits-blend,digits-sig] [--seeds=0,1,2] [--steps=plain,sam_kd]
+        [--relation_weight=3]
 
     nad                what the library does
     two_teachers       the mean of the distances to two teachers of other batches
@@ -11,6 +12,10 @@
     perturbed          attention where the student's loss is higher, one step uphill
     relations          not attention: which channels of a stage and of the next one are
                        active at the same places
+    victim_relations   the same with the victim itself as the teacher, a control
+    fine_tuning        nothing is distilled
+    fine_tuning_2x     the same at twice, four and eight times the learning rate:
+    ..._4x, ..._8x     what a variant must beat at equal accuracy
 
 Each is trained with the plain step and with the one of `nad_sam_kd` (uphill gradient,
 the victim's logits), from the victim, on the clean images, batches and epochs of
@@ -20,6 +25,7 @@ Written to be compared, not to be used: what did not help is nowhere else.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -43,8 +49,8 @@ from nad_jax.training import evaluation, steps
 _DECAY = 0.98
 # Length of the step uphill of "perturbed", in pixel values of each channel.
 _PERTURBATION = 8 / 255
-# Of "relations": its distance of unit matrices counts about what the digits' betas give
-# a unit map of the last stage, 50 / (4 * 4).
+# Its distance of unit matrices counts about what the digits' betas give a unit map of
+# the last stage, 50 / (4 * 4).
 _RELATION_WEIGHT = 3.0
 
 
@@ -59,6 +65,7 @@ class _Case:
       nad: The attention term.
       logits: How much the victim's logits count; None = not at all.
       key: Of the batches.
+      relation_weight: Of "relations", of the squared distance of unit matrices.
       teachers: Those made so far from these images, by number.
     """
 
@@ -68,6 +75,7 @@ class _Case:
     nad: settings.NadSettings
     logits: settings.LogitSettings | None
     key: jax.Array
+    relation_weight: float
     teachers: dict[int, Any]
 
     def teacher(self, number: int = 0) -> Any:
@@ -241,16 +249,35 @@ def _perturbed(case: _Case) -> Any:
 
 
 def _relations(case: _Case) -> Any:
+    return _related(case, case.teacher())
+
+
+def _victim_relations(case: _Case) -> Any:
+    return _related(case, case.net.variables)
+
+
+def _related(case: _Case, teacher: Any) -> Any:
     def distil(features, teacher, batch, state):
         del state
         _, taught = case.apply(teacher, batch["images"])
         mine, wanted = (_relation_matrices(f) for f in (features, taught))
         return sum(
-            _RELATION_WEIGHT * jnp.mean(jnp.sum(jnp.square(a - b), axis=(1, 2)))
+            case.relation_weight * jnp.mean(jnp.sum(jnp.square(a - b), axis=(1, 2)))
             for a, b in zip(mine, wanted, strict=True)
         )
 
-    return case.train(case.net, distil, case.teacher())
+    return case.train(case.net, distil, teacher)
+
+
+def _fine_tuning(case: _Case, *, faster: float = 1.0) -> Any:
+    training = case.tuning.training
+    training = dataclasses.replace(
+        training, learning_rate=faster * training.learning_rate
+    )
+    tuning = dataclasses.replace(case.tuning, training=training)
+    return dataclasses.replace(case, tuning=tuning).train(
+        case.net, lambda *_: jnp.float32(0), ()
+    )
 
 
 def _relation_matrices(features: Any) -> list[jax.Array]:
@@ -278,6 +305,11 @@ VARIANTS: dict[str, Callable[[_Case], Any]] = {
     "refreshed_teacher": _refreshed_teacher,
     "perturbed": _perturbed,
     "relations": _relations,
+    "victim_relations": _victim_relations,
+    "fine_tuning": _fine_tuning,
+    "fine_tuning_2x": functools.partial(_fine_tuning, faster=2.0),
+    "fine_tuning_4x": functools.partial(_fine_tuning, faster=4.0),
+    "fine_tuning_8x": functools.partial(_fine_tuning, faster=8.0),
 }
 STEPS = ("plain", "sam_kd")
 
@@ -288,6 +320,7 @@ def measure(
     variants: list[str],
     step_names: list[str],
     seeds: list[int],
+    relation_weight: float = _RELATION_WEIGHT,
     data_dir: str | None = None,
 ) -> list[dict[str, Any]]:
     """One entry for each variant, step and seed on one victim, and its own."""
@@ -344,6 +377,7 @@ def measure(
                 defense.nad,
                 None if is_plain else defense.victim_logits,
                 repair_key,
+                relation_weight,
                 teachers,
             )
             for variant in variants:
@@ -361,6 +395,7 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--relation_weight", type=float, default=_RELATION_WEIGHT)
     parser.add_argument("--data_dir", help="of victims of CIFAR-10")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     arguments = parser.parse_args()
@@ -384,6 +419,7 @@ def main() -> None:
                 variants=names["variants"],
                 step_names=names["steps"],
                 seeds=[int(seed) for seed in names["seeds"]],
+                relation_weight=arguments.relation_weight,
                 data_dir=arguments.data_dir,
             )
     except errors.InputError as error:
@@ -391,7 +427,8 @@ def main() -> None:
     told = " ".join(f"--{kind}={','.join(names[kind])}" for kind in names)
     repaired = [one for one in entries if one["step"] is not None]
     report = {
-        "command": f"python -m benchmarks.distillation_variants {told} --out=FILE",
+        "command": f"python -m benchmarks.distillation_variants {told} "
+        f"--relation_weight={arguments.relation_weight} --out=FILE",
         **facts,
         "table": results.over_seeds(repaired, by=("step", "variant")),
         "by_victim": results.over_seeds(repaired, by=("step", "variant", "victim")),
