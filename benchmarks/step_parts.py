@@ -31,6 +31,12 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, teacher compiled in": ("nad_step", {"devices": 2, "carried": False}),
     "ours, textbook attention": ("nad_step", {"devices": 2, "attention": "plain"}),
     "ours, no teacher": ("nad_step", {"devices": 2, "attention": "none"}),
+    "ours, BatchNorm fixed": ("nad_step", {"devices": 2, "fixed": "batch_norm"}),
+    "ours, one device, BatchNorm fixed": (
+        "nad_step",
+        {"devices": 1, "fixed": "batch_norm"},
+    ),
+    "ours, stem fixed": ("nad_step", {"devices": 2, "fixed": "stem"}),
     "ours, 5 steps a program": ("nad_step", {"devices": 2, "steps_per_dispatch": 5}),
     "ours, one device, 5 steps a program": (
         "nad_step",

@@ -203,7 +203,15 @@ def _repair_and_evaluate(
         before = evaluate(patient.net.variables)
     nets: list[tuple[str, Any]] = []
 
-    def add(name, counts, seconds, **extra):
+    held_out = None
+    if len(patient.data.validation_labels):
+        held_out = base.validation_accuracy(patient.net, patient.data)
+
+    def add(name, counts, seconds, variables, **extra):
+        if held_out is not None:
+            # All that the defender sees of it; some had trained the victim, too.
+            with workdir.timed("evaluate"):
+                extra["held_out_acc"] = held_out(variables)
         extra["der"] = metrics.defense_effectiveness_rating(
             acc_before=before["acc"],
             asr_before=before["asr"] or 0.0,
@@ -223,7 +231,7 @@ def _repair_and_evaluate(
         )
         pipeline.add_row(rows, row, workdir)
 
-    add("float", before, 0.0)
+    add("float", before, 0.0, patient.net.variables)
     nets.append(("float", patient.net.variables))
 
     defense = config.defense
@@ -236,7 +244,7 @@ def _repair_and_evaluate(
         net, seconds = stages.repair(name)
         with workdir.timed("evaluate"):
             counts = evaluate(net.variables)
-        add(name, counts, seconds, **stages.chosen[name])
+        add(name, counts, seconds, net.variables, **stages.chosen[name])
         nets.append((name, net.variables))
     # A given teacher may be of another architecture.
     if any(name.startswith("nad") for name in wanted) and defense.teacher is None:

@@ -164,6 +164,8 @@ def test_the_smoke_run_is_whole_and_repeatable(few_digits, tmp_path, capsys):
         drop = max(0, before["asr"] - row["asr"]) - max(0, before["acc"] - row["acc"])
         assert row["extra"]["der"] == pytest.approx((drop + 1) / 2)
         assert row["acc_count"] == 200 and 100 < row["asr_count"] < 200
+        held_out = 4 * row["extra"]["held_out_acc"]  # 0.1 of 0.2 of 200 images
+        assert 0 <= held_out <= 4 and held_out == round(held_out)
     assert 0 <= rows["backdoored", "mode_connectivity"]["extra"]["position"] <= 1
     facts = ("attack", "dataset", "clean_fraction", "poison_rate", "seed")
     assert [report[key] for key in facts] == ["badnets", "npz", 0.2, 0.1, 0]

@@ -41,9 +41,9 @@ class _Enough(Exception):
 def nad_step(channel: protocol.Channel, options: dict) -> None:
     """Student forward and backward, teacher forward, update.
 
-    The options "devices", "augmented", "carried" and "attention" take parts out, for
-    `benchmarks.step_parts`. With "views" the teacher's maps of so many views of each
-    image are kept; each step then pays its share of the passes that made them.
+    The options "devices", "augmented", "carried", "attention" and "fixed" take parts
+    out, for `benchmarks.step_parts`. With "views" the teacher's maps of so many views
+    of each image are kept; each step then pays its share of the passes that made them.
     """
     facts = start.facts(options.get("devices"))
     net, images, labels = scene(options)
@@ -66,7 +66,7 @@ def nad_step(channel: protocol.Channel, options: dict) -> None:
             return _plain_attention(net.model, teacher)
         on = options.get("attention") != "none"
         return nad.distillation_loss(
-            net.model.apply,
+            _FIXED[options.get("fixed")](net.model.apply),
             net.model.apply,
             teacher,
             betas=BETAS if on else dict.fromkeys(BETAS, 0.0),
@@ -126,6 +126,39 @@ def _plain_attention(model: Any, teacher: Any) -> steps.LossFn:
         return loss, (batch_stats, {})
 
     return loss_fn
+
+
+def _with_fixed_batch_norm(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A student that normalises by what its victim kept.
+
+    A step without it has no sum over the batch but those of the weights' gradients: no
+    BatchNorm, however its passes are fused, can be faster.
+    """
+
+    def apply(variables, images, *, train, mutable):
+        del train, mutable
+        output = apply_fn(variables, images, train=False)
+        return output, {"batch_stats": variables["batch_stats"]}
+
+    return apply
+
+
+def _with_fixed_stem(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A student whose first convolution has no gradient to be computed."""
+
+    def apply(variables, images, **options):
+        params = dict(variables["params"])
+        params["conv1"] = jax.lax.stop_gradient(params["conv1"])
+        return apply_fn({**variables, "params": params}, images, **options)
+
+    return apply
+
+
+_FIXED: dict[str | None, Callable[..., Any]] = {
+    None: lambda apply_fn: apply_fn,
+    "batch_norm": _with_fixed_batch_norm,
+    "stem": _with_fixed_stem,
+}
 
 
 def victim_step(channel: protocol.Channel, options: dict) -> None:
