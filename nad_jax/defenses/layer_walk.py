@@ -72,6 +72,7 @@ def walk(
       InputError: a layer is called inside `jit`, `remat` or `scan`, where its inputs
         have no values.
     """
+    module = _without_features(module)
     by_path = {layer.path: layer for layer in layers}
 
     def forward(interceptor):
@@ -133,6 +134,7 @@ def look_ahead(
     Raises:
       InputError: as for `walk`.
     """
+    module = _without_features(module)
     by_path = {layer.path: layer for layer in layers}
     pending: dict[layers_lib.Path, list[jax.Array]] = {
         layer.path: [] for layer in layers if layer.calls > 1
@@ -152,6 +154,12 @@ def look_ahead(
         module.apply(variables, images, **(apply_kwargs or {}))
     for path in pending:
         raise _hidden(path)
+
+
+def _without_features(module: nn.Module) -> nn.Module:
+    """The module; of ours one that does not keep its features until the pass ends."""
+    is_ours = type(module).__module__.startswith("nad_jax.models.")
+    return module.clone(keep_features=False) if is_ours else module
 
 
 def _float_calls(by_path, on_call):

@@ -9,7 +9,8 @@ Every model keeps one contract:
 `features` maps "stage1", "stage2", ... to `[B, h, w, c]` maps in the model's `dtype`.
 With `train=True` BatchNorm uses and updates batch statistics, so pass
 `mutable=["batch_stats"]`. Ask for stages by name: `jax.jit` hands dicts back sorted,
-and "stage10" sorts before "stage2".
+and "stage10" sorts before "stage2". With the field `keep_features=False` there are
+none: a pass that is not compiled would otherwise keep every stage until its end.
 
 To add a model: one file here with a factory function that returns a flax module, one
 line in `MODELS`, one test of its forward pass against an independent oracle.

@@ -63,6 +63,7 @@ class ClassTokenTransformer(nn.Module):
     mlp_ratio: int = 4
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
+    keep_features: bool = True
 
     @nn.compact
     def __call__(
@@ -91,7 +92,8 @@ class ClassTokenTransformer(nn.Module):
             ],
             axis=1,
         )
-        outputs = vit.encode(
+        features = {}
+        blocks = vit.encode(
             self,
             x,
             depth=self.depth,
@@ -99,11 +101,11 @@ class ClassTokenTransformer(nn.Module):
             mlp_dim=self.mlp_ratio * dim,
             dtype=self.dtype,
         )
-        features = {
-            f"stage{i}": y[:, 1:].reshape(batch, side, side, dim)
-            for i, y in enumerate(outputs, start=1)
-        }
-        x = common.LayerNorm(name="norm")(outputs[-1])[:, 0]
+        for stage, x in enumerate(blocks, start=1):
+            if self.keep_features:
+                maps = x[:, 1:].reshape(batch, side, side, dim)
+                features[f"stage{stage}"] = maps
+        x = common.LayerNorm(name="norm")(x)[:, 0]
         # In float32, as every model's last layer.
         x = common.dense(self.num_classes, dtype=jnp.float32, name="fc")(
             x.astype(jnp.float32)

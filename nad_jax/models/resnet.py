@@ -138,6 +138,7 @@ class ResNet(nn.Module):
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
     bn_axis_name: str | None = None
+    keep_features: bool = True
 
     @nn.compact
     def __call__(
@@ -168,7 +169,8 @@ class ResNet(nn.Module):
                     bn_axis_name=self.bn_axis_name,
                     name=f"layer{stage}_{block}",
                 )(x, train=train)
-            features[f"stage{stage}"] = x
+            if self.keep_features:
+                features[f"stage{stage}"] = x
 
         return common.pool_and_classify(x, self.num_classes), features
 

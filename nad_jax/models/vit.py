@@ -32,6 +32,7 @@ References:
 
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,7 @@ class VisionTransformer(nn.Module):
     mlp_ratio: int = 4
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
+    keep_features: bool = True
 
     @nn.compact
     def __call__(
@@ -104,7 +106,8 @@ class VisionTransformer(nn.Module):
         x = common.dense(dim, dtype=self.dtype, name="patch_embed")(
             _patches(images, self.patch)
         )
-        outputs = encode(
+        features = {}
+        blocks = encode(
             self,
             x,
             depth=self.depth,
@@ -112,8 +115,10 @@ class VisionTransformer(nn.Module):
             mlp_dim=self.mlp_ratio * dim,
             dtype=self.dtype,
         )
-        features = {f"stage{i}": y for i, y in enumerate(outputs, start=1)}
-        x = common.LayerNorm(name="norm")(outputs[-1])
+        for stage, x in enumerate(blocks, start=1):
+            if self.keep_features:
+                features[f"stage{stage}"] = x
+        x = common.LayerNorm(name="norm")(x)
         return common.pool_and_classify(x, self.num_classes), features
 
 
@@ -125,7 +130,7 @@ def encode(
     heads: int,
     mlp_dim: int,
     dtype: DTypeLike,
-) -> list[jax.Array]:
+) -> Iterator[jax.Array]:
     """Position embeddings and blocks of a transformer, made in `module`'s own call.
 
     Args:
@@ -136,7 +141,7 @@ def encode(
       mlp_dim: As in `Block`.
       dtype: As in `Block`.
 
-    Returns:
+    Yields:
       The output of each block, of x's shape.
     """
     position = module.param(
@@ -145,11 +150,9 @@ def encode(
         (1, *x.shape[1:]),
     )
     x = x + position.astype(x.dtype)
-    outputs = []
     for i in range(1, depth + 1):
         x = Block(heads=heads, mlp_dim=mlp_dim, dtype=dtype, name=f"block{i}")(x)
-        outputs.append(x)
-    return outputs
+        yield x
 
 
 def _patches(images: jax.Array, patch: int) -> jax.Array:

@@ -70,6 +70,7 @@ class WideResNet(nn.Module):
     width: float = 1.0
     dtype: DTypeLike = jnp.float32
     bn_axis_name: str | None = None
+    keep_features: bool = True
 
     @nn.compact
     def __call__(
@@ -91,7 +92,8 @@ class WideResNet(nn.Module):
                     bn_axis_name=self.bn_axis_name,
                     name=f"block{group}_layer{layer}",
                 )(x, train=train)
-            features[f"stage{group}"] = x
+            if self.keep_features:
+                features[f"stage{group}"] = x
 
         x = common.batch_norm(train=train, axis_name=self.bn_axis_name, name="bn1")(x)
         return common.pool_and_classify(nn.relu(x), self.num_classes), features

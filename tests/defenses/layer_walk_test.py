@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nad_jax import errors
+from nad_jax import errors, models
 from nad_jax.defenses import efrap, layer_walk, quantized_module
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import environment
@@ -132,6 +132,29 @@ def visits(net):
     net[0].calls.threads.clear()
     walk(net, visit)
     return seen
+
+
+@pytest.mark.parametrize("name", ["resnet_8", "preact_resnet_18", "vit_tiny"])
+def test_no_stage_is_kept_until_the_pass_ends(name):
+    """A third of the memory of a walk; 7 images, so that shapes are nobody else's."""
+    module = models.build(name, num_classes=10, width=1 / 16)
+    images = jnp.ones((7, 16, 16, 3))
+    variables = some_variables(module, images)
+    found = layers_lib.find_layers(
+        module, variables, images, apply_kwargs={"train": False}
+    )
+    _, features = jax.eval_shape(module.apply, variables, images)
+    alive = []
+
+    def visit(layer, float_inputs, inputs):
+        del float_inputs
+        shapes = [array.shape for array in jax.live_arrays()]
+        alive[:] = [shapes.count(features[stage].shape) for stage in sorted(features)]
+        return layers_lib.get_in(variables["params"], layer.path)["kernel"], inputs
+
+    walk((module, variables, images, found), visit, apply_kwargs={"train": False})
+    # The stages of a transformer have one shape, that of what its head is about to get.
+    assert alive[0] == (2 if name == "vit_tiny" else 0)
 
 
 @pytest.mark.slow

@@ -123,6 +123,16 @@ def test_stages_and_logits_have_the_promised_shapes(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_features_can_be_left_out_and_nothing_else_changes(name):
+    _, variables, logits, _ = _traced(name)
+    lean = models.build(name, num_classes=10, keep_features=False)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    without, features = jax.eval_shape(lean.apply, variables, images)
+    assert features == {} and without == logits
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_known_ones(name):
     assert _size(_traced(name)[1]["params"]) == PARAMETERS[name]
