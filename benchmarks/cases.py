@@ -146,7 +146,7 @@ def build(*, quick: bool = False, torch_steps: int = 200) -> dict[str, Case]:
             "evaluation",
             "units",
             f"seconds for {tests} images",
-            (Side("batch 500", "evaluation", {"arch": "wrn_16_1", "images": tests}),),
+            (Side("batch 125", "evaluation", {"arch": "wrn_16_1", "images": tests}),),
             (
                 Side(
                     "shipped, batch 64",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rates of a whole data set against a numpy count of every image."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from nad_jax import errors
 from nad_jax.attacks import triggers
+from nad_jax.data import batches
 from nad_jax.training import evaluation, sharding
 
 NUM_CLASSES = 4
@@ -117,6 +120,25 @@ def test_a_model_may_return_features_beside_its_logits(variables):
         lambda v, x: (linear(v, x), {"stage1": x}), variables, images, labels
     )
     assert with_features == evaluation.evaluate(linear, variables, images, labels)
+
+
+@pytest.mark.parametrize(("backend", "size"), [("cpu", 125), ("tpu", 500)])
+def test_a_batch_is_what_the_device_computes_fastest(
+    monkeypatch, variables, backend, size
+):
+    monkeypatch.setattr(evaluation.jax, "default_backend", lambda: backend)
+    seen = []
+
+    def spy(num_examples, batch_size):
+        seen.append(batch_size)
+        return batches.evaluation_batches(num_examples, batch_size)
+
+    monkeypatch.setattr(
+        evaluation, "batches", types.SimpleNamespace(evaluation_batches=spy)
+    )
+    for count in (600, 37):
+        evaluation.make_evaluator(linear, *dataset(count))
+    assert seen == [size, 37]
 
 
 @pytest.mark.slow
