@@ -203,15 +203,11 @@ def _repair_and_evaluate(
         before = evaluate(patient.net.variables)
     nets: list[tuple[str, Any]] = []
 
-    held_out = None
-    if len(patient.data.validation_labels):
-        held_out = base.validation_accuracy(patient.net, patient.data)
-
     def add(name, counts, seconds, variables, **extra):
-        if held_out is not None:
+        if len(patient.data.validation_labels):
             # All that the defender sees of it; some had trained the victim, too.
             with workdir.timed("evaluate"):
-                extra["held_out_acc"] = held_out(variables)
+                extra["held_out_acc"] = stages.held_out_accuracy(variables)
         extra["der"] = metrics.defense_effectiveness_rating(
             acc_before=before["acc"],
             asr_before=before["asr"] or 0.0,
@@ -231,13 +227,13 @@ def _repair_and_evaluate(
         )
         pipeline.add_row(rows, row, workdir)
 
-    add("float", before, 0.0, patient.net.variables)
-    nets.append(("float", patient.net.variables))
-
     defense = config.defense
     stages = repairs.Stages(
         defense, workdir, patient, evaluate if config.curves else None
     )
+    add("float", before, 0.0, patient.net.variables)
+    nets.append(("float", patient.net.variables))
+
     is_clean = patient.name == "clean"
     wanted = defense.clean_model_rows if is_clean else defense.rows
     for name in wanted:

@@ -13,6 +13,7 @@ import jax
 
 from nad_jax import errors, settings, zoo
 from nad_jax import workdir as workdir_lib
+from nad_jax.core import metrics
 from nad_jax.data import sources
 from nad_jax.defenses import base, fine_pruning, fine_tuning, mode_connectivity, nad
 from nad_jax.models import common
@@ -172,7 +173,12 @@ def run_stage(
 
 
 class Stages:
-    """The repairs of one model: each a stage of the workdir, none computed twice."""
+    """The repairs of one model: each a stage of the workdir, none computed twice.
+
+    Attributes:
+      chosen: What a repair decided (`base.Defended.chosen`), by row; of several
+        `rate_factors` also the "rate_factor".
+    """
 
     def __init__(
         self,
@@ -181,10 +187,80 @@ class Stages:
         patient: Patient,
         evaluate: Callable[[Any], dict[str, Any]] | None = None,
     ):
-        """`evaluate`: rates of variables, to be recorded after each epoch of a row.
+        """`evaluate`: rates of variables, to be recorded after each epoch of a row."""
+        self.chosen: dict[str, dict[str, Any]] = {}
+        self._defense = defense
+        self._patient = patient
+        self._done: dict[str, tuple[base.Net, float]] = {}
+        self._held_out: Callable[[Any], float] | None = None
+        factors = defense.rate_factors
+        # Of several nets of a row only one becomes the row's: their epochs are not its.
+        watched = evaluate if len(factors) == 1 else None
+        self._at_rates = {
+            factor: _StagesAtRate(defense, workdir, patient, watched, factor)
+            for factor in factors
+        }
+        # Whose teacher is shown.
+        self._taken = factors[0]
 
-        `chosen` then holds, by row, what a repair decided (`base.Defended.chosen`).
+    def repair(self, name: str) -> tuple[base.Net, float]:
+        """The net of a row of `settings.REPAIRS`, and the seconds it took.
+
+        With several `rate_factors` that of the largest whose held-out accuracy is
+        within `rate_tolerance` of the best, decided without any trigger. Seconds count
+        everything the row needs, other rates and what it shares with others included.
         """
+        if name in self._done:
+            return self._done[name]
+        factors = list(self._at_rates)
+        nets, seconds = zip(
+            *(stages.repair(name) for stages in self._at_rates.values()), strict=True
+        )
+        taken = 0
+        if len(factors) > 1:
+            taken = metrics.strongest_affordable(
+                factors,
+                [self.held_out_accuracy(net.variables) for net in nets],
+                tolerance=self._defense.rate_tolerance,
+            )
+        factor = factors[taken]
+        self.chosen[name] = dict(self._at_rates[factor].chosen.get(name, {}))
+        if len(factors) > 1:
+            self.chosen[name]["rate_factor"] = factor
+        if name.startswith("nad"):
+            self._taken = factor
+        self._done[name] = nets[taken], sum(seconds)
+        return self._done[name]
+
+    def teacher(self) -> tuple[base.Net, float]:
+        """That of the last row that distilled; a given one took no time."""
+        return self._at_rates[self._taken].teacher()
+
+    def held_out_accuracy(self, variables: Any) -> float:
+        """Share of the defender's held-out images given their label."""
+        if self._held_out is None:
+            self._held_out = base.validation_accuracy(
+                self._patient.net, self._patient.data
+            )
+        return self._held_out(variables)
+
+
+class _StagesAtRate:
+    """`Stages` at one of its learning rates."""
+
+    def __init__(
+        self,
+        defense: settings.RepairSettings,
+        workdir: workdir_lib.Workdir,
+        patient: Patient,
+        evaluate: Callable[[Any], dict[str, Any]] | None,
+        factor: float,
+    ):
+        training = dataclasses.replace(
+            defense.training, learning_rate=factor * defense.training.learning_rate
+        )
+        defense = dataclasses.replace(defense, training=training)
+        self._suffix = "" if len(defense.rate_factors) == 1 else f"-rate{factor}"
         self.chosen: dict[str, dict[str, Any]] = {}
         self._evaluate = evaluate
         self._defense = defense
@@ -193,10 +269,7 @@ class Stages:
         self._done: dict[str, tuple[base.Net, float]] = {}
 
     def repair(self, name: str) -> tuple[base.Net, float]:
-        """The net of a row of `settings.REPAIRS`, and the seconds it took.
-
-        Seconds count everything the row needs, also what it shares with others.
-        """
+        """As `Stages.repair`."""
         defense = self._defense
         tuning = settings.TuningSettings(defense.training, patience=defense.patience)
         if name == "ft_sam":
@@ -280,12 +353,12 @@ class Stages:
         evaluate = None if is_other else self._evaluate
         self._done[name] = run_stage(
             self._workdir,
-            f"seed{patient.seed}-{patient.name}-{name}",
+            f"seed{patient.seed}-{patient.name}-{name}{self._suffix}",
             functools.partial(
                 run, patient.net, patient.data, *arguments, key=patient.key, **options
             ),
             patient.net,
-            title=f"{name}, {patient.name} model, seed {patient.seed}",
+            title=f"{name}{self._suffix}, {patient.name} model, seed {patient.seed}",
             epochs=self._epochs(name),
             evaluate=evaluate,
             chosen=self.chosen.setdefault(name, {}),

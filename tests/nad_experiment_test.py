@@ -72,6 +72,10 @@ def test_every_variant_is_valid_and_names_every_setting(variant):
         ),
         (("defense", "nad", "beta_factors"), (), "one or more finite numbers >= 0"),
         (("defense", "nad", "p"), math.inf, "config.defense.nad.p must be finite, got"),
+        (("defense", "rate_factors"), (), "one or more finite numbers > 0"),
+        (("defense", "rate_factors"), (0.0, 1.0), "one or more finite numbers > 0"),
+        (("defense", "rate_factors"), (2.0, 2.0), "factors must be all different"),
+        (("defense", "rate_tolerance"), 1.5, "rate_tolerance must be in"),
         (("defense", "ft_sam", "radius"), 0.0, "ft_sam.radius must be > 0"),
         (("defense", "ft_sam", "label_smoothing"), 1.0, "label_smoothing must be in"),
         (("victim", "learning_rate"), math.nan, "_rate must be finite, got nan"),
@@ -102,7 +106,11 @@ def test_held_out_images_may_be_missing_where_nothing_is_decided():
     every["defense"]["validation_fraction"] = 0.0
     with pytest.raises(errors.InputError, match="above 0 for fine_pruning, mode_con"):
         settings.parse(every)
-    for changed in ({"patience": 3}, {"rows": ("mode_connectivity",)}):
+    for changed in (
+        {"patience": 3},
+        {"rows": ("mode_connectivity",)},
+        {"rate_factors": (1.0, 2.0)},
+    ):
         other = {**mapping, "defense": {**mapping["defense"], **changed}}
         with pytest.raises(errors.InputError, match="decide on held-out images"):
             settings.parse(other)

@@ -24,7 +24,7 @@ from nad_jax import (
 )
 from nad_jax import workdir as workdir_lib
 from nad_jax.data import sources
-from nad_jax.defenses import base, fine_tuning, nad
+from nad_jax.defenses import base, fine_pruning, fine_tuning, nad
 from nad_jax.models import common
 
 # Variant of a config, the section with its repairs, and what runs it.
@@ -213,6 +213,54 @@ def test_ft_sam_has_a_recipe_of_its_own(tmp_path, monkeypatch):
     assert seen == [(0.25, False, 0.0), plain, (2.0, True, 0.1), plain]
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "taken"), [(0.02, 2.0), (0.019, 1.0), (0.04, 4.0)]
+)
+def test_of_several_rates_the_fastest_that_held_out_images_allow_is_kept(
+    tmp_path, monkeypatch, tolerance, taken
+):
+    """And its seconds are those of all of them; what was decided there is told."""
+    config = settings.parse(nad_config.get_config("smoke").to_dict())
+    base_rate = config.defense.training.learning_rate
+    held_out = {1.0: 1.0, 2.0: 0.98, 4.0: 0.96}
+    net = base.Net(None, {"params": {"w": np.ones(2, np.float32)}})
+    trained = []
+
+    def run(victim, data, tuning, *arguments, **options):
+        factor = tuning.training.learning_rate / base_rate
+        trained.append(factor)
+        variables = {"params": {"w": np.full(2, factor, np.float32)}}
+        decided = {"pruned": 10 * factor}
+        return base.Defended(variables, ({"loss": 0.0},), decided)
+
+    monkeypatch.setattr(fine_tuning, "run", run)
+    monkeypatch.setattr(fine_pruning, "run", run)
+    monkeypatch.setattr(
+        base,
+        "validation_accuracy",
+        lambda *_: lambda variables: held_out[float(variables["params"]["w"][0])],
+    )
+    defense = dataclasses.replace(
+        config.defense, rate_factors=(2.0, 1.0, 4.0), rate_tolerance=tolerance
+    )
+    curves = []
+    for _ in range(2):  # The second time from the workdir.
+        with contextlib.closing(workdir_lib.Workdir(tmp_path / "run", {})) as workdir:
+            patient = repairs.Patient("backdoored", 0, net, None, None)
+            stages = repairs.Stages(defense, workdir, patient, curves.append)
+            tuned, seconds = stages.repair("fine_tuning")
+            pruned, _ = stages.repair("fine_pruning")
+            own = [s for name, s in workdir.seconds.items() if "fine_tuning" in name]
+        assert tuned.variables["params"]["w"][0] == taken
+        assert pruned.variables["params"]["w"][0] == taken
+        assert stages.chosen["fine_pruning"] == {
+            "pruned": 10 * taken,
+            "rate_factor": taken,
+        }
+        assert len(own) == 3 and seconds == pytest.approx(sum(own))
+    assert trained == [2.0, 1.0, 4.0] * 2 and curves == []
+
+
 @pytest.mark.slow
 def test_the_logits_alone_are_nad_sam_kd_without_attention(tmp_path, monkeypatch):
     """From the same batches, and no teacher is made for what asks none."""
@@ -230,7 +278,7 @@ def test_the_logits_alone_are_nad_sam_kd_without_attention(tmp_path, monkeypatch
             patient = repairs.Patient("backdoored", 0, net, data, jax.random.key(0))
             stages = repairs.Stages(defense, workdir, patient)
             if row == "ft_sam_kd":
-                monkeypatch.setattr(stages, "teacher", None)
+                monkeypatch.setattr(stages._at_rates[1.0], "teacher", None)
             return jax.tree.leaves(stages.repair(row)[0].variables)
 
     alone = repaired("ft_sam_kd")
@@ -313,7 +361,7 @@ def test_lines_of_metrics_tell_students_apart(tmp_path, monkeypatch, factors):
     def repair(workdir):
         patient = repairs.Patient("clean", 0, net, data, keys["clean_key"])
         monkeypatch.setattr(
-            repairs.Stages, "teacher", lambda self: (self._patient.net, 0.0)
+            repairs._StagesAtRate, "teacher", lambda self: (self._patient.net, 0.0)
         )
         rates = {"acc": 1.0, "asr": 0.0}
         repairs.Stages(defense, workdir, patient, lambda _: rates).repair("nad")

@@ -15,6 +15,7 @@ ra    the same triggered images given their true label; asr + ra <= 1
 ====  ====================================================================
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -215,6 +216,40 @@ def robust_improvement_rating(
     )
     robust_gain = max(0.0, ra_after - ra_before)
     return (robust_gain - max(0.0, acc_before - acc_after) + 1.0) / 2.0
+
+
+def strongest_affordable(
+    strengths: Sequence[float], accuracies: Sequence[float], *, tolerance: float
+) -> int:
+    """Which of several repairs to keep, decided by accuracy on held-out clean images.
+
+    The stronger a repair, the less it leaves of a backdoor that nobody can measure, and
+    the more accuracy it costs, which can be.
+
+    Args:
+      strengths: One for each repair: a learning rate, a multiple of betas.
+      accuracies: Of each on held-out images, in [0, 1].
+      tolerance: What accuracy may lose from the best of them, in [0, 1].
+
+    Returns:
+      Index of the strongest repair that is accurate enough.
+
+    Raises:
+      InputError: no repair, or not one accuracy for each.
+
+    Example:
+      >>> strongest_affordable([0.05, 0.1, 0.2], [0.98, 0.97, 0.91], tolerance=0.02)
+      1
+    """
+    if not strengths or len(strengths) != len(accuracies):
+        raise errors.InputError(
+            "there must be one accuracy for each of one or more strengths, got "
+            f"{len(strengths)} strengths and {len(accuracies)} accuracies"
+        )
+    # Shares of few images: 0.02 of 50 is one image, whatever binary fractions say.
+    least = max(accuracies) - tolerance - 1e-9
+    good = [i for i, accuracy in enumerate(accuracies) if accuracy >= least]
+    return max(good, key=lambda i: strengths[i])
 
 
 def predict(logits: jax.Array) -> jax.Array:

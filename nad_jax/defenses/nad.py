@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nad_jax import errors, settings
-from nad_jax.core import attention, losses
+from nad_jax.core import attention, losses, metrics
 from nad_jax.data import batches
 from nad_jax.defenses import base, fine_tuning, view_bank
 from nad_jax.training import steps
@@ -154,9 +154,12 @@ def run(
             return student
         student = student._replace(chosen={"beta_factor": factor})
         students.append((validate(student.variables), student))
-    best = max(accuracy for accuracy, _ in students)
-    acceptable = [s for a, s in students if a >= best - nad.accuracy_tolerance]
-    return acceptable[-1]
+    kept_student = metrics.strongest_affordable(
+        [student.chosen["beta_factor"] for _, student in students],
+        [accuracy for accuracy, _ in students],
+        tolerance=nad.accuracy_tolerance,
+    )
+    return students[kept_student][1]
 
 
 def _naming(

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from nad_jax import errors, settings, whole_file
+from nad_jax.core import metrics
 from nad_jax.report import markup, schema, tables
 
 
@@ -110,10 +111,12 @@ def chosen(of_victim: Sequence[Point], *, within: float) -> Point:
       of_victim: Points of one repair, attack and seed, one for each rate.
       within: How far below the best held-out accuracy is little, in [0, 1].
     """
-    best = max(point.held_out_acc for point in of_victim)
-    # Shares of few images; 0.02 of 50 is one image, however it is rounded.
-    good = [p for p in of_victim if p.held_out_acc >= best - within - 1e-9]
-    return max(good, key=lambda point: point.learning_rate)
+    taken = metrics.strongest_affordable(
+        [point.learning_rate for point in of_victim],
+        [point.held_out_acc for point in of_victim],
+        tolerance=within,
+    )
+    return of_victim[taken]
 
 
 def asr_at(acc: float, reference: Sequence[tuple[float, float]]) -> float | None:

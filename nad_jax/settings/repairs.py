@@ -174,6 +174,9 @@ class RepairSettings:
       teacher: File of a model to distil from, a state dict of PyTorch or a file of the
         zoo; None = the victim, fine-tuned.
       patience: See `TuningSettings`.
+      rate_factors: Multiples of `training.learning_rate` to try, for each row; held-out
+        accuracy decides. A faster repair forgets more, of the backdoor and of the task.
+      rate_tolerance: What held-out accuracy may lose for a larger factor.
       sharpness_radius: SAM's, for the rows that use it.
       ft_sam: Its settings.
       victim_logits: Of the rows "ft_sam_kd" and "nad_sam_kd".
@@ -189,6 +192,8 @@ class RepairSettings:
     validation_fraction: float = 0.1
     teacher: str | None = None
     patience: int | None = None
+    rate_factors: tuple[float, ...] = (1.0,)
+    rate_tolerance: float = 0.02
     sharpness_radius: float = 0.1
     ft_sam: FtSamSettings = dataclasses.field(default_factory=FtSamSettings)
     victim_logits: LogitSettings = dataclasses.field(default_factory=LogitSettings)
@@ -211,6 +216,11 @@ class RepairSettings:
         check(self, "validation_fraction", good, "in [0, 1)")
         check(self, "sharpness_radius", self.sharpness_radius > 0, "> 0")
         check_patience(self)
+        good = bool(self.rate_factors)
+        good = good and all(0 < f < float("inf") for f in self.rate_factors)
+        check(self, "rate_factors", good, "one or more finite numbers > 0")
+        check_different(self, "rate_factors")
+        check(self, "rate_tolerance", 0 <= self.rate_tolerance <= 1, "in [0, 1]")
         attentive = [
             name
             for name in (*self.rows, *self.clean_model_rows)
@@ -238,5 +248,6 @@ class RepairSettings:
             and len(self.mode_connectivity.positions) > 1,
             "nad.beta_factors": len(self.nad.beta_factors) > 1,
             "patience": self.patience is not None,
+            "rate_factors": len(self.rate_factors) > 1,
         }
         return [name for name, does in decides.items() if does]

@@ -244,3 +244,17 @@ def test_rir_refuses_a_percentage():
 def test_docstring_examples_are_true():
     outcome = doctest.testmod(metrics)
     assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_the_strongest_repair_that_is_accurate_enough_is_kept():
+    def kept(tolerance):
+        return metrics.strongest_affordable(
+            [0.2, 0.05, 0.1], [0.90, 0.98, 0.96], tolerance=tolerance
+        )
+
+    assert [kept(t) for t in (0.0, 0.019, 0.02, 0.07, 0.08)] == [1, 1, 2, 2, 0]
+    # A weaker one that is less accurate is never kept.
+    assert metrics.strongest_affordable([1.0, 2.0], [0.5, 0.9], tolerance=0.1) == 1
+    for strengths, accuracies in (([], []), ([1.0], [0.5, 0.6])):
+        with pytest.raises(errors.InputError, match="one accuracy for each"):
+            metrics.strongest_affordable(strengths, accuracies, tolerance=0.0)
