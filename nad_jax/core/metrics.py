@@ -223,8 +223,8 @@ def strongest_affordable(
 ) -> int:
     """Which of several repairs to keep, decided by accuracy on held-out clean images.
 
-    The stronger a repair, the less it leaves of a backdoor that nobody can measure, and
-    the more accuracy it costs, which can be.
+    A stronger repair mostly leaves less of a backdoor, which no defender can measure,
+    and costs more accuracy, which is measured here.
 
     Args:
       strengths: One for each repair: a learning rate, a multiple of betas.

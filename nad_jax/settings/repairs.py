@@ -175,7 +175,7 @@ class RepairSettings:
         zoo; None = the victim, fine-tuned.
       patience: See `TuningSettings`.
       rate_factors: Multiples of `training.learning_rate` to try, for each row; held-out
-        accuracy decides. A faster repair forgets more, of the backdoor and of the task.
+        accuracy decides. A faster repair mostly forgets more, of backdoor and of task.
       rate_tolerance: What held-out accuracy may lose for a larger factor.
       sharpness_radius: SAM's, for the rows that use it.
       ft_sam: Its settings.
