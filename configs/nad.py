@@ -107,7 +107,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         patience=config_dict.placeholder(int),
         # (1.0, 2.0) repairs at both rates and keeps the faster one where held-out
-        # images allow it; there are 26 of digits, 250 of CIFAR-10.
+        # images allow it. Of digits there are 26: below 1 / 26 none may be lost.
         rate_factors=(1.0,),
         rate_tolerance=0.02,
         sharpness_radius=0.1,

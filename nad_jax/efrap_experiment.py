@@ -256,10 +256,10 @@ def _quantize_and_evaluate(
         pipeline.add_row(rows, row, workdir)
         nets.append((model_name, name, net))
 
-    def add_float(name, net, *, seconds):
+    def add_float(name, net, *, seconds, **extra):
         with workdir.timed("evaluate"):
             counts = scene.evaluate(net)
-        add(name, counts, net, seconds=seconds)
+        add(name, counts, net, seconds=seconds, **extra)
 
     def add_rounded(
         name, rounding, net, *, earlier=0.0, strength=None, defense=defense, **extra
@@ -351,9 +351,14 @@ def _quantize_and_evaluate(
         stages = _repair_stages(config, scene, workdir, seed, model_name, variables)
         for name in wanted:
             repaired, seconds = stages.repair(name)
-            add_float(name, repaired.variables, seconds=seconds)
+            decided = stages.chosen[name]
+            add_float(name, repaired.variables, seconds=seconds, **decided)
             add_rounded(
-                f"{name}_nearest", "nearest", repaired.variables, earlier=seconds
+                f"{name}_nearest",
+                "nearest",
+                repaired.variables,
+                earlier=seconds,
+                **decided,
             )
     return nets
 

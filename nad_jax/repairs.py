@@ -177,7 +177,7 @@ class Stages:
 
     Attributes:
       chosen: What a repair decided (`base.Defended.chosen`), by row; of several
-        `rate_factors` also the "rate_factor".
+        `rate_factors` also the "rate_factor", and "held_out_by_rate", what decided.
     """
 
     def __init__(
@@ -216,17 +216,16 @@ class Stages:
         nets, seconds = zip(
             *(stages.repair(name) for stages in self._at_rates.values()), strict=True
         )
-        taken = 0
+        taken, decision = 0, {}
         if len(factors) > 1:
+            accuracies = [self.held_out_accuracy(net.variables) for net in nets]
             taken = metrics.strongest_affordable(
-                factors,
-                [self.held_out_accuracy(net.variables) for net in nets],
-                tolerance=self._defense.rate_tolerance,
+                factors, accuracies, tolerance=self._defense.rate_tolerance
             )
+            by_rate = {str(f): a for f, a in zip(factors, accuracies, strict=True)}
+            decision = {"rate_factor": factors[taken], "held_out_by_rate": by_rate}
         factor = factors[taken]
-        self.chosen[name] = dict(self._at_rates[factor].chosen.get(name, {}))
-        if len(factors) > 1:
-            self.chosen[name]["rate_factor"] = factor
+        self.chosen[name] = {**self._at_rates[factor].chosen.get(name, {}), **decision}
         if name.startswith("nad"):
             self._taken = factor
         self._done[name] = nets[taken], sum(seconds)

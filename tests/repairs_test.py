@@ -230,6 +230,7 @@ def test_of_several_rates_the_fastest_that_held_out_images_allow_is_kept(
         factor = tuning.training.learning_rate / base_rate
         trained.append(factor)
         variables = {"params": {"w": np.full(2, factor, np.float32)}}
+        options["on_epoch"](variables, {"epoch": 1, "loss": 0.0})
         decided = {"pruned": 10 * factor}
         return base.Defended(variables, ({"loss": 0.0},), decided)
 
@@ -256,9 +257,39 @@ def test_of_several_rates_the_fastest_that_held_out_images_allow_is_kept(
         assert stages.chosen["fine_pruning"] == {
             "pruned": 10 * taken,
             "rate_factor": taken,
+            "held_out_by_rate": {"2.0": 0.98, "1.0": 1.0, "4.0": 0.96},
         }
         assert len(own) == 3 and seconds == pytest.approx(sum(own))
     assert trained == [2.0, 1.0, 4.0] * 2 and curves == []
+
+
+def test_at_each_rate_students_have_the_teacher_of_that_rate(tmp_path, monkeypatch):
+    config = settings.parse(nad_config.get_config("smoke").to_dict())
+    base_rate = config.defense.training.learning_rate
+    net = base.Net(None, {"w": np.zeros(1, np.float32)})
+    taught = []
+
+    def at(tuning):
+        return np.float32(tuning.training.learning_rate / base_rate)
+
+    def make_teacher(victim, data, tuning, **options):
+        return base.Defended({"w": np.full(1, 10 * at(tuning))}, ({"loss": 0.0},))
+
+    def run(victim, data, tuning, nad_settings, *, teacher, **options):
+        taught.append((float(at(tuning)), float(teacher.variables["w"][0])))
+        return base.Defended({"w": np.full(1, at(tuning))}, ({"loss": 0.0},))
+
+    monkeypatch.setattr(nad, "make_teacher", make_teacher)
+    monkeypatch.setattr(nad, "run", run)
+    monkeypatch.setattr(base, "validation_accuracy", lambda *_: lambda _: 1.0)
+    defense = dataclasses.replace(config.defense, rate_factors=(1.0, 2.0))
+    with contextlib.closing(workdir_lib.Workdir(tmp_path / "run", {})) as workdir:
+        patient = repairs.Patient("backdoored", 0, net, None, None)
+        stages = repairs.Stages(defense, workdir, patient)
+        assert stages.teacher()[0].variables["w"][0] == 10.0
+        stages.repair("nad")
+        assert stages.teacher()[0].variables["w"][0] == 20.0
+    assert taught == [(1.0, 10.0), (2.0, 20.0)]
 
 
 @pytest.mark.slow

@@ -158,8 +158,12 @@ def look_ahead(
 
 def _without_features(module: nn.Module) -> nn.Module:
     """The module; of ours one that does not keep its features until the pass ends."""
-    is_ours = type(module).__module__.startswith("nad_jax.models.")
-    return module.clone(keep_features=False) if is_ours else module
+    kinds = type(module).mro()
+    is_ours = any(kind.__module__.startswith("nad_jax.models.") for kind in kinds)
+    # A block of ours has none.
+    if is_ours and hasattr(module, "keep_features"):
+        return module.clone(keep_features=False)
+    return module
 
 
 def _float_calls(by_path, on_call):

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from nad_jax import settings
+from nad_jax.core import metrics
 from nad_jax.data import batches
 from nad_jax.defenses import base, fine_tuning
 from nad_jax.training import augmentation, steps
@@ -109,9 +110,12 @@ def run(
         return points[0]
     validate = base.validation_accuracy(victim, clean_data)
     accuracies = [validate(point.variables) for point in points]
-    least = max(accuracies) - connectivity.accuracy_tolerance
-    daring = [p for p, a in zip(points, accuracies, strict=True) if a >= least]
-    return daring[-1]
+    kept = metrics.strongest_affordable(
+        [point.chosen["position"] for point in points],
+        accuracies,
+        tolerance=connectivity.accuracy_tolerance,
+    )
+    return points[kept]
 
 
 def _point(

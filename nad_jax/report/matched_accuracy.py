@@ -13,8 +13,10 @@ rate for all of them therefore compares rates as much as methods. From reports o
   seed the fastest one whose accuracy on held-out images is within `--within` of the
   best rate's. Nothing else of the defender's is looked at.
 - The third: each repair's ASR less that of the reference at equal ACC. The reference's
-  points of one attack, its means over seeds at each rate, are joined by lines; a point
-  that is more or less accurate than all of them is compared with nothing.
+  points of one attack, its means over seeds at each rate, are joined by lines in the
+  order of their ACC; a point that is more or less accurate than all of them is compared
+  with nothing. Means are over the points of an attack, then over the attacks that have
+  any.
 - The drawing: ACC and ASR of each attack, a line for each repair.
 """
 
@@ -64,14 +66,19 @@ def points(reports: Sequence[Mapping[str, Any]]) -> list[Point]:
       reports: Of `configs/nad.py`, as `schema.read_report` returns them.
 
     Raises:
-      InputError: a report of something else, or from before held-out accuracies were
-        recorded; reports of two data sets; the same repair twice.
+      InputError: a report of something else, from before held-out accuracies were
+        recorded, or with several `rate_factors`; reports of two data sets, or of one
+        attack that differ in more than the rate; the same repair twice, or not with
+        the same seeds at every rate.
     """
     found: dict[tuple[Any, ...], Point] = {}
+    setups: dict[str, str] = {}
     for report in reports:
         try:
-            rate = float(report["config"]["defense"]["training"]["learning_rate"])
+            defense = report["config"]["defense"]
+            rate = float(defense["training"]["learning_rate"])
             attack, dataset = report["attack"], report["dataset"]
+            setup = _setup_but_rate(report)
         except (KeyError, TypeError, ValueError):
             raise errors.InputError(
                 f"report {report.get('title')!r} is none of configs/nad.py, which has "
@@ -81,6 +88,18 @@ def points(reports: Sequence[Mapping[str, Any]]) -> list[Point]:
             raise errors.InputError(
                 f"reports must be of one data set, got {reports[0]['dataset']} and "
                 f"{dataset}"
+            )
+        factors = defense.get("rate_factors", [1.0])
+        if len(factors) > 1:
+            raise errors.InputError(
+                f"rows of report {report.get('title')!r} have no one learning rate: "
+                f"rate_factors must be one, got {factors}"
+            )
+        rate *= factors[0]
+        if setups.setdefault(attack, setup) != setup:
+            raise errors.InputError(
+                f"reports of one attack must differ in their learning rate alone, got "
+                f"two of {attack} that differ in more"
             )
         for row in report["rows"]:
             if row["model"] != "backdoored" or row["name"] not in settings.REPAIRS:
@@ -101,7 +120,39 @@ def points(reports: Sequence[Mapping[str, Any]]) -> list[Point]:
             found[key] = Point(*key, row["acc"], row["asr"], held_out)
     if not found:
         raise errors.InputError("the reports hold no repair of a backdoored model")
+    _check_seeds(list(found.values()))
     return list(found.values())
+
+
+def _setup_but_rate(report: Mapping[str, Any]) -> str:
+    """Equal for reports that differ in learning rate, seeds and rows alone."""
+    config = report["config"]
+    apart = ("rows", "clean_model_rows", "rate_factors", "rate_tolerance")
+    defense = {k: v for k, v in config["defense"].items() if k not in apart}
+    training = dict(defense["training"])
+    del training["learning_rate"]
+    config = {**config, "defense": {**defense, "training": training}}
+    return tables.experiment_key({**report, "config": config})
+
+
+def _check_seeds(found: Sequence[Point]) -> None:
+    """Raises InputError unless each repair of an attack has the same seeds everywhere.
+
+    Means over other victims are not to be compared, and a seed that has one rate only
+    chooses nothing.
+    """
+    seeds: dict[tuple[str, str], dict[float, set[int]]] = {}
+    for point in found:
+        of_row = seeds.setdefault((point.attack, point.row), {})
+        of_row.setdefault(point.learning_rate, set()).add(point.seed)
+    for (attack, row), by_rate in seeds.items():
+        (first, wanted), *others = by_rate.items()
+        for rate, own in others:
+            if own != wanted:
+                raise errors.InputError(
+                    f"{row} of {attack} must have the same seeds at every rate, got "
+                    f"{sorted(wanted)} at {first:g} and {sorted(own)} at {rate:g}"
+                )
 
 
 def chosen(of_victim: Sequence[Point], *, within: float) -> Point:
@@ -124,12 +175,17 @@ def asr_at(acc: float, reference: Sequence[tuple[float, float]]) -> float | None
 
     Args:
       acc: Where, in [0, 1].
-      reference: (ACC, ASR) of its corners, in any order.
+      reference: (ACC, ASR) of its corners, joined in the order of their ACC; of equal
+        ones the mean counts.
     """
-    accs, asrs = zip(*sorted(reference), strict=True)
-    if not accs[0] <= acc <= accs[-1]:
+    by_acc: dict[float, list[float]] = {}
+    for corner, asr in reference:
+        by_acc.setdefault(corner, []).append(asr)
+    accs = sorted(by_acc)
+    # Means of the same shares may differ in their last bit.
+    if not accs[0] - 1e-9 <= acc <= accs[-1] + 1e-9:
         return None
-    return float(np.interp(acc, accs, asrs))
+    return float(np.interp(acc, accs, [statistics.fmean(by_acc[a]) for a in accs]))
 
 
 def means(found: Sequence[Point]) -> dict[tuple[str, str, float], tuple[float, float]]:
@@ -228,7 +284,8 @@ def text(found: Sequence[Point], *, reference: str, within: float) -> str:
     body = []
     for row in rows:
         gaps = differences(found, row=row, reference=reference)
-        every = [gap for one in gaps.values() for gap in one]
+        # Each attack counts once, however many of its points can be compared.
+        every = [statistics.fmean(one) for one in gaps.values() if one]
         cells = [
             "–"
             if not gaps.get(attack)
@@ -236,7 +293,8 @@ def text(found: Sequence[Point], *, reference: str, within: float) -> str:
             for attack in attacks
         ]
         total = f"{100 * statistics.fmean(every):+.1f}" if every else "–"
-        body.append([tables.row_label(row), total, *cells, str(len(every))])
+        counted = sum(map(len, gaps.values()))
+        body.append([tables.row_label(row), total, *cells, str(counted)])
     lines += _table(
         [
             f"repair, ASR less that of {tables.row_label(reference)} at equal ACC",
@@ -311,7 +369,9 @@ def draw(found: Sequence[Point]) -> str:
         for row in rows:
             corners = [
                 place(*value)
-                for (its_attack, name, _), value in sorted(mean.items())
+                for (its_attack, name, _), value in sorted(
+                    mean.items(), key=lambda item: item[1]
+                )
                 if (its_attack, name) == (attack, row)
             ]
             if len(corners) > 1:
@@ -355,6 +415,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--within must be in [0, 1], got {arguments.within:g}"
             )
         found = points([schema.read_report(path) for path in arguments.reports])
+        if arguments.reference not in {point.row for point in found}:
+            raise errors.InputError(
+                f"--reference must be a repair in the reports, got "
+                f"{arguments.reference!r}"
+            )
         print(text(found, reference=arguments.reference, within=arguments.within))
         if arguments.drawing is not None:
             whole_file.write_text(arguments.drawing, draw(found))

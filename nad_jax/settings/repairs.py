@@ -176,6 +176,8 @@ class RepairSettings:
       patience: See `TuningSettings`.
       rate_factors: Multiples of `training.learning_rate` to try, for each row; held-out
         accuracy decides. A faster repair mostly forgets more, of backdoor and of task.
+        The curve of mode connectivity keeps its own rate; with several factors there
+        are no curves over epochs.
       rate_tolerance: What held-out accuracy may lose for a larger factor.
       sharpness_radius: SAM's, for the rows that use it.
       ft_sam: Its settings.

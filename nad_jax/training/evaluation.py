@@ -78,7 +78,7 @@ def make_evaluator(
         target_labels: what the attack wants of each image: an int for all of them, or
             int `[N]`.
         batch_size: images per program, lowered to N if that is less; None = 125 on
-            CPU, 500 elsewhere.
+            CPU without a mesh, 500 elsewhere.
         mesh: from `sharding.data_mesh`, to split each batch over devices; every process
             of a mesh that spans several must call the evaluator, and gets the rates of
             the whole data set.
@@ -148,8 +148,8 @@ def _make_measure(
         "target_labels", 0 if target_labels is None else target_labels, num_examples
     )
     if batch_size is None:
-        on_cpu = jax.default_backend() == "cpu"
-        batch_size = _CPU_BATCH_SIZE if on_cpu else DEFAULT_BATCH_SIZE
+        is_one_cpu = mesh is None and jax.default_backend() == "cpu"
+        batch_size = _CPU_BATCH_SIZE if is_one_cpu else DEFAULT_BATCH_SIZE
     batch_size = min(batch_size, num_examples)
     if mesh is not None:
         batch_size += -batch_size % mesh.size

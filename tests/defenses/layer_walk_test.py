@@ -14,6 +14,7 @@ import pytest
 from nad_jax import errors, models
 from nad_jax.defenses import efrap, layer_walk, quantized_module
 from nad_jax.models import layers as layers_lib
+from nad_jax.models import vit
 from nad_jax.training import environment
 
 
@@ -155,6 +156,11 @@ def test_no_stage_is_kept_until_the_pass_ends(name):
     walk((module, variables, images, found), visit, apply_kwargs={"train": False})
     # The stages of a transformer have one shape, that of what its head is about to get.
     assert alive[0] == (2 if name == "vit_tiny" else 0)
+
+
+def test_a_part_of_our_models_has_no_stages_to_leave_out():
+    block = vit.Block(heads=1, mlp_dim=2)
+    assert layer_walk._without_features(block) is block
 
 
 @pytest.mark.slow

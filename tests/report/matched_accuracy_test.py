@@ -57,10 +57,33 @@ def _found(*reports):
     return matched_accuracy.points(reports or REPORTS)
 
 
+def _with(report, **defense):
+    defense = {**report["config"]["defense"], **defense}
+    return {**report, "config": {"defense": defense}}
+
+
+def test_one_factor_of_the_rate_is_part_of_it():
+    (point,) = {p.learning_rate for p in _found(_with(REPORTS[1], rate_factors=[0.5]))}
+    assert point == 0.1
+
+
+def test_attacks_count_once_however_many_of_their_points_can_be_compared():
+    other = [
+        _report("blend", 0.1, (TUNED, 0, 0.98, 0.5, 1.0), (NAD, 0, 0.98, 0.7, 1.0)),
+        _report("blend", 0.2, (TUNED, 0, 0.94, 0.5, 1.0), (NAD, 0, 0.94, 0.7, 1.0)),
+    ]
+    told = matched_accuracy.text(_found(*REPORTS, *other), reference=TUNED, within=0.0)
+    line = told.splitlines()[-1].split(" | ")
+    # Sig's one point is 35 lower, both of Blend's are 20 higher.
+    assert line == ["| NAD", "-7.5", "+20.0", "-35.0", "3 |"]
+
+
 def test_asr_is_compared_at_the_accuracy_that_both_have():
     corners = [(0.94, 0.2), (0.98, 0.8)]
     assert matched_accuracy.asr_at(0.97, corners) == pytest.approx(0.65)
     assert matched_accuracy.asr_at(0.98, corners[::-1]) == pytest.approx(0.8)
+    assert matched_accuracy.asr_at(0.94 - 1e-12, corners) == pytest.approx(0.2)
+    assert matched_accuracy.asr_at(0.98, [*corners, (0.98, 0.6)]) == pytest.approx(0.7)
     for outside in (0.939, 0.981):
         assert matched_accuracy.asr_at(outside, corners) is None
     # NAD's mean ASR at 0.97 is 0.3; at 0.92 fine-tuning never is.
@@ -105,7 +128,7 @@ def test_the_tables_show_means_over_seeds():
 
 
 def test_a_mean_over_attacks_is_of_all_attacks():
-    other = _report("blend", 0.1, (TUNED, 0, 0.96, 0.4, 1.0))
+    other = _report("blend", 0.1, (TUNED, 0, 0.96, 0.4, 1.0))  # Never at 0.2.
     told = matched_accuracy.text(_found(*REPORTS, other), reference=TUNED, within=0.0)
     line = told.splitlines()[2].split(" | ")
     assert line == ["| Fine-tuning", "97.0 / 60.0 (80.0)", "– |"]
@@ -117,6 +140,12 @@ def test_what_cannot_be_compared_is_refused():
         ([REPORTS[0], _report("sig", 0.2, dataset="cifar10")], "of one data set"),
         ([REPORTS[0], REPORTS[0]], "two reports hold fine_tuning of sig"),
         ([_report("sig", 0.2, (NAD, 0, 0.9, 0.1, None))], "has no held_out_acc"),
+        ([REPORTS[0], _with(REPORTS[1], epochs=3)], "in their learning rate alone"),
+        ([_with(REPORTS[1], rate_factors=[1.0, 2.0])], "rate_factors must be one"),
+        (
+            [REPORTS[0], _report("sig", 0.2, (NAD, 1, 0.9, 0.1, 1.0))],
+            r"nad of sig must have the same seeds .* \[0, 1\] at 0.1 and \[1\] at 0.2",
+        ),
         ([_report("sig", 0.2, (NAD, 0, 0.9, None, 1.0))], "has no ASR"),
         ([_report("sig", 0.2, ("float", 0, 0.9, 0.1, 1.0))], "no repair"),
     ):
@@ -133,7 +162,11 @@ def test_the_command_prints_draws_and_refuses(tmp_path, monkeypatch, capsys):
     tree = ElementTree.parse(drawing)
     kinds = [element.tag.rpartition("}")[2] for element in tree.iter()]
     assert kinds.count("circle") == 4 and kinds.count("path") == 1 + 2
-    for wrong in ("--within=2", f"--drawing={tmp_path / 'none' / 'drawing.svg'}"):
+    for wrong in (
+        "--within=2",
+        "--reference=ft_sam",
+        f"--drawing={tmp_path / 'none' / 'drawing.svg'}",
+    ):
         assert matched_accuracy.main([*files, wrong]) == 2
         said = capsys.readouterr().err
         assert said.startswith("nad_jax: ") and said.count("\n") == 1

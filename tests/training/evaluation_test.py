@@ -122,9 +122,17 @@ def test_a_model_may_return_features_beside_its_logits(variables):
     assert with_features == evaluation.evaluate(linear, variables, images, labels)
 
 
-@pytest.mark.parametrize(("backend", "size"), [("cpu", 125), ("tpu", 500)])
+@pytest.mark.parametrize(
+    ("backend", "on_mesh", "sizes"),
+    [
+        ("cpu", False, [125, 37]),
+        # Each program on a mesh sums over devices, so there are to be few.
+        ("cpu", True, [504, 40]),
+        ("tpu", False, [500, 37]),
+    ],
+)
 def test_a_batch_is_what_the_device_computes_fastest(
-    monkeypatch, variables, backend, size
+    monkeypatch, backend, on_mesh, sizes
 ):
     monkeypatch.setattr(evaluation.jax, "default_backend", lambda: backend)
     seen = []
@@ -136,9 +144,10 @@ def test_a_batch_is_what_the_device_computes_fastest(
     monkeypatch.setattr(
         evaluation, "batches", types.SimpleNamespace(evaluation_batches=spy)
     )
+    mesh = sharding.data_mesh() if on_mesh else None
     for count in (600, 37):
-        evaluation.make_evaluator(linear, *dataset(count))
-    assert seen == [size, 37]
+        evaluation.make_evaluator(linear, *dataset(count), mesh=mesh)
+    assert seen == sizes
 
 
 @pytest.mark.slow
