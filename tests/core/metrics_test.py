@@ -253,6 +253,10 @@ def test_the_strongest_repair_that_is_accurate_enough_is_kept():
         )
 
     assert [kept(t) for t in (0.0, 0.019, 0.02, 0.07, 0.08)] == [1, 1, 2, 2, 0]
+    # One of 50 images may be lost, whatever its share is in binary fractions.
+    for right in range(1, 51):
+        accuracies = [right / 50, (right - 1) / 50]
+        assert metrics.strongest_affordable([1, 2], accuracies, tolerance=0.02) == 1
     # A weaker one that is less accurate is never kept.
     assert metrics.strongest_affordable([1.0, 2.0], [0.5, 0.9], tolerance=0.1) == 1
     for strengths, accuracies in (([], []), ([1.0], [0.5, 0.6])):
