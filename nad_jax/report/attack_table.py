@@ -20,7 +20,6 @@ import argparse
 import math
 import statistics
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,7 +141,7 @@ def _means(reports: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> list[st
                 lambda row: row.get("extra", {}).get("der", math.nan),
             )
         )
-        rates.append(_rates(acc, asr))
+        rates.append(rates_cell(acc, asr))
         effect = statistics.fmean(der)
         effects.append("–" if math.isnan(effect) else f"{100 * effect:.1f}")
     return [
@@ -164,7 +163,7 @@ def _asr(row: Mapping[str, Any]) -> float:
     return row["asr"]
 
 
-def _rates(acc: Sequence[float], asr: Sequence[float]) -> str:
+def rates_cell(acc: Sequence[float], asr: Sequence[float]) -> str:
     """Means, and the worst ASR of several."""
     cell = f"{100 * statistics.fmean(acc):.1f} / {100 * statistics.fmean(asr):.1f}"
     return cell if len(asr) == 1 else f"{cell} ({100 * max(asr):.1f})"
@@ -181,7 +180,7 @@ def _cell(report: Mapping[str, Any], model: str, name: str) -> str:
     found = _found(report, model, name)
     if not found:
         return "–"
-    return _rates([row["acc"] for row in found], [_asr(row) for row in found])
+    return rates_cell([row["acc"] for row in found], [_asr(row) for row in found])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,17 +193,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("reports", nargs="+")
     parser.add_argument("--rows", help="columns, joined by commas")
     arguments = parser.parse_args(argv)
-    try:
+
+    def run():
         reports = [schema.read_report(path) for path in arguments.reports]
         rows = arguments.rows.split(",") if arguments.rows else None
         print(attack_table(reports, rows=rows))
-    except errors.InputError as error:
-        print(f"nad_jax: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()  # Python's own exit code would be 1.
-        return 2
-    return 0
+
+    return errors.exit_code(run)
 
 
 if __name__ == "__main__":

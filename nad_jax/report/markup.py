@@ -54,6 +54,27 @@ def picture(shapes: Iterable[Child], *, width: float, height: float) -> str:
     return f"{drawing}\n"
 
 
+def label(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    anchor: str = "start",
+    weight: str = "normal",
+    fill: str = "black",
+) -> Markup:
+    """Text of a `picture`, its base line beginning (or as `anchor` says) at (x, y)."""
+    return el(
+        "text",
+        text,
+        x=x,
+        y=y,
+        text_anchor=anchor,
+        font_weight=weight,
+        fill=fill,
+    )
+
+
 def _flatten(children: Iterable[Child]) -> Iterable[str]:
     for child in children:
         if isinstance(child, Markup):

@@ -4,9 +4,9 @@
     python -m nad_jax.report.matched_accuracy results/nad/rates_digits_*.json \\
         [--reference=fine_tuning] [--within=0.02] [--drawing=FILE.svg]
 
-A repair that trains faster forgets more, of the backdoor and of the task. One learning
-rate for all of them therefore compares rates as much as methods. From reports of
-`configs/nad.py` that differ in `defense.training.learning_rate`:
+A repair that trains faster mostly forgets more, of the backdoor and of the task. One
+learning rate for all of them therefore compares rates as much as methods. From reports
+of `configs/nad.py` that differ in `defense.training.learning_rate`:
 
 - The first table: each repair at each rate, means over attacks of the means over seeds.
 - The second: each repair at the rate that a defender would take, for each attack and
@@ -25,7 +25,6 @@ import dataclasses
 import pathlib
 import statistics
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 
 from nad_jax import errors, settings, whole_file
 from nad_jax.core import metrics
-from nad_jax.report import markup, schema, tables
+from nad_jax.report import attack_table, markup, schema, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +236,7 @@ def text(found: Sequence[Point], *, reference: str, within: float) -> str:
     def over_attacks(values: Sequence[tuple[float, float]]) -> str:
         if len(values) < len(attacks):
             return "–"
-        acc, asr = (statistics.fmean(value) for value in zip(*values, strict=True))
-        worst = max(asr for _, asr in values)
-        cell = f"{100 * acc:.1f} / {100 * asr:.1f}"
-        return cell if len(values) == 1 else f"{cell} ({100 * worst:.1f})"
+        return attack_table.rates_cell(*zip(*values, strict=True))
 
     def at_rate(row: str, rate: float) -> str:
         keys = [(attack, row, rate) for attack in attacks]
@@ -263,19 +259,18 @@ def text(found: Sequence[Point], *, reference: str, within: float) -> str:
     for row in rows:
         own = [point.learning_rate for point in taken if point.row == row]
         counts = ", ".join(f"{rate:g}: {own.count(rate)}" for rate in sorted({*own}))
-        cells = [
-            _cell(mean_taken[attack, row, 0.0])
+        values = {
+            attack: mean_taken[attack, row, 0.0]
+            for attack in attacks
             if (attack, row, 0.0) in mean_taken
+        }
+        cells = [
+            attack_table.rates_cell(*([rate] for rate in values[attack]))
+            if attack in values
             else "–"
             for attack in attacks
         ]
-        total = over_attacks(
-            [
-                mean_taken[attack, row, 0.0]
-                for attack in attacks
-                if (attack, row, 0.0) in mean_taken
-            ]
-        )
+        total = over_attacks(list(values.values()))
         body.append([tables.row_label(row), total, *cells, counts])
     lines += _table(
         ["repair, rate by held-out images", "all", *attacks, "rates taken"], body
@@ -305,10 +300,6 @@ def text(found: Sequence[Point], *, reference: str, within: float) -> str:
         body,
     )
     return "\n".join(lines)
-
-
-def _cell(value: tuple[float, float]) -> str:
-    return f"{100 * value[0]:.1f} / {100 * value[1]:.1f}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -344,11 +335,11 @@ def draw(found: Sequence[Point]) -> str:
     columns = min(_COLUMNS, len(attacks))
     width = max(_LEFT + columns * (_PANEL + _GAP), 8 + 130 * len(rows))
     shapes: list[markup.Child] = [
-        _text(8, 20, "ACC across, ASR up, per cent; a corner is a learning rate")
+        markup.label(8, 20, "ACC across, ASR up, per cent; a corner is a learning rate")
     ]
     for i, row in enumerate(rows):
-        label = _text(8 + 130 * i, 42, tables.row_label(row), fill=colours[row])
-        shapes.append(label)
+        name = tables.row_label(row)
+        shapes.append(markup.label(8 + 130 * i, 42, name, fill=colours[row]))
     for i, attack in enumerate(attacks):
         left = _LEFT + i % columns * (_PANEL + _GAP)
         top = _TOP + i // columns * (_PANEL + _GAP)
@@ -357,15 +348,15 @@ def draw(found: Sequence[Point]) -> str:
             across = left + _PANEL * (acc - low) / (high - low)
             return round(float(across), 1), round(float(top + _PANEL * (1 - asr)), 1)
 
-        shapes.append(_text(left, top - 6, attack))
+        shapes.append(markup.label(left, top - 6, attack))
         frame = [place(low, 1), place(low, 0), place(high, 0)]
         shapes.append(_path(frame, "#999", 1))
         for acc in (low, high):
             x, y = place(acc, 0)
-            shapes.append(_text(x, y + 16, f"{100 * acc:.0f}", anchor="middle"))
+            shapes.append(markup.label(x, y + 16, f"{100 * acc:.0f}", anchor="middle"))
         for asr in (0.0, 0.5, 1.0):
             x, y = place(low, asr)
-            shapes.append(_text(x - 6, y + 4, f"{100 * asr:.0f}", anchor="end"))
+            shapes.append(markup.label(x - 6, y + 4, f"{100 * asr:.0f}", anchor="end"))
         for row in rows:
             corners = [
                 place(*value)
@@ -382,12 +373,6 @@ def draw(found: Sequence[Point]) -> str:
             ]
     lines = -(-len(attacks) // columns)
     return markup.picture(shapes, width=width, height=_TOP + lines * (_PANEL + _GAP))
-
-
-def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", fill: str = "black"
-) -> markup.Markup:
-    return markup.el("text", text, x=x, y=y, text_anchor=anchor, fill=fill)
 
 
 def _path(
@@ -409,7 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--within", type=float, default=0.02)
     parser.add_argument("--drawing", type=pathlib.Path)
     arguments = parser.parse_args(argv)
-    try:
+
+    def run():
         if not 0 <= arguments.within <= 1:
             raise errors.InputError(
                 f"--within must be in [0, 1], got {arguments.within:g}"
@@ -421,18 +407,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{arguments.reference!r}"
             )
         print(text(found, reference=arguments.reference, within=arguments.within))
-        if arguments.drawing is not None:
+        if arguments.drawing is None:
+            return
+        try:
             whole_file.write_text(arguments.drawing, draw(found))
-    except errors.InputError as error:
-        print(f"nad_jax: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"nad_jax: {arguments.drawing}: {error.strerror}", file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()  # Python's own exit code would be 1.
-        return 2
-    return 0
+        except OSError as error:
+            raise errors.InputError(
+                f"--drawing must be a file that can be written, got "
+                f"{str(arguments.drawing)!r}: {error.strerror}"
+            ) from None
+
+    return errors.exit_code(run)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def draw(cells: Sequence[Mapping[str, Any]]) -> str:
     height = _TOP + _ROW * len(cells) + 30
     width = _LEFT + 2 * _PANEL + _GAP + _RIGHT
     shapes = [
-        _text(8, 20, "NAD minus fine-tuning, points of per cent", weight="bold"),
-        _text(8, 40, "attack, poisoned, clean images"),
+        markup.label(8, 20, "NAD minus fine-tuning, points of per cent", weight="bold"),
+        markup.label(8, 40, "attack, poisoned, clean images"),
     ]
     for i, (rate, title) in enumerate(_PANELS):
         left = _LEFT + i * (_PANEL + _GAP)
@@ -37,7 +37,7 @@ def draw(cells: Sequence[Mapping[str, Any]]) -> str:
             f"{one['attack']}, {100 * one['poison_rate']:g} %, "
             f"{100 * one['clean_fraction']:g} %"
         )
-        shapes.append(_text(8, _TOP + _ROW * (row + 0.5) + 4, label))
+        shapes.append(markup.label(8, _TOP + _ROW * (row + 0.5) + 4, label))
     return markup.picture(shapes, width=width, height=height)
 
 
@@ -55,12 +55,14 @@ def _panel(
         return round(left + _PANEL * (value + reach) / (2 * reach), 2)
 
     bottom = _TOP + _ROW * len(cells)
-    shapes: list[markup.Child] = [_text(left, 40, title)]
+    shapes: list[markup.Child] = [markup.label(left, 40, title)]
     for tick in (-reach, 0.0, reach):
         x = across(tick)
         shade = "black" if tick == 0 else "#bbb"
         shapes.append(_line(x, _TOP, x, bottom, shade))
-        shapes.append(_text(x, bottom + 16, f"{100 * tick:+.0f}", anchor="middle"))
+        shapes.append(
+            markup.label(x, bottom + 16, f"{100 * tick:+.0f}", anchor="middle")
+        )
     for row, one in enumerate(cells):
         value = one["difference"][rate]
         y = _TOP + _ROW * (row + 0.5)
@@ -71,12 +73,6 @@ def _panel(
         dot = markup.el("circle", cx=across(value["mean"]), cy=y, r=4, fill=colour)
         shapes.append(dot)
     return shapes
-
-
-def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal"
-) -> markup.Markup:
-    return markup.el("text", text, x=x, y=y, text_anchor=anchor, font_weight=weight)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> markup.Markup:
