@@ -31,6 +31,9 @@ from nad_jax import errors
 # otherwise, and the slopes of a descent would drift away from its objective.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
+# Rows of a small block of coordinate descent.
+_SMALL_BLOCK = 32
+
 
 class Moments(NamedTuple):
     """Sums over rows (image positions); they add up over chunks, devices and hosts.
@@ -180,7 +183,7 @@ def coordinate_descent(
     start: jax.Array,
     *,
     max_sweeps: int = 20,
-    block_size: int = 128,
+    block_size: int = 256,
 ) -> Solution:
     """Flips one weight at a time, in all channels at once, while that lowers J.
 
@@ -190,12 +193,14 @@ def coordinate_descent(
 
     Weights are visited in blocks: inside a block a weight adds to its slope what the
     block itself has moved, and all rows catch up with one matrix product per block.
+    Large blocks, whose products are fast, are made of small ones in the same way.
 
     Args:
       problem: From `rounding_problem`.
       start: `[K, C]` in {0, 1}; nearest is the natural one.
       max_sweeps: Passes over all weights at most; it stops when one changes nothing.
-      block_size: Rows per block; changes speed, not the sequence of flips.
+      block_size: Rows of a large block at most; changes speed, not the sequence of
+        flips.
 
     Returns:
       A `Solution`; its trace never rises (up to float32 rounding of the trace itself).
@@ -216,7 +221,7 @@ def descend_from_all(
     starts: jax.Array,
     *,
     max_sweeps: int = 20,
-    block_size: int = 128,
+    block_size: int = 256,
 ) -> Solution:
     """`coordinate_descent` from several starts; every channel keeps its best end.
 
@@ -271,7 +276,7 @@ def flip_weight_path(
     flip_weights: jax.Array,
     *,
     max_sweeps: int = 20,
-    block_size: int = 128,
+    block_size: int = 256,
 ) -> Path:
     """Solves one layer for many flip weights; its moments are measured only once.
 
@@ -306,9 +311,9 @@ def _descend(
     """Rounding, trace per channel `[max_sweeps + 1, C]`, sweeps."""
     problem, start = jax.lax.stop_gradient((problem, start))
     num_inputs, num_outputs = problem.fraction.shape
-    block_size = max(min(block_size, num_inputs), 1)
-    num_blocks = max(-(-num_inputs // block_size), 1)
-    padding = num_blocks * block_size - num_inputs
+    sizes = _block_sizes(num_inputs, block_size)
+    num_blocks = max(-(-num_inputs // sizes[0]), 1)
+    padding = num_blocks * sizes[0] - num_inputs
 
     # Padded weights have step 0, so no flip of theirs ever pays.
     def pad(x, axes):
@@ -320,63 +325,14 @@ def _descend(
         for x in (problem.step, problem.fraction, problem.nearest, problem.stay_cost)
     )
     diagonal = jnp.diagonal(gram)[:, None]
-    # Price of rounding 1 minus price of rounding 0.
-    price_up = jnp.where(nearest == 1.0, stay_cost, -stay_cost)
-    # A flip must beat the rounding noise of its own gain, or float32 could cycle: near
-    # a tie, the part of the gain that balances the price is as large as the price.
-    least_gain = 1e-6 * (step * step * diagonal + stay_cost)
-
-    def visit(k, carry, block_gram, slope, constants):
-        rounding, moved = carry
-
-        def row(x):
-            return jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
-
-        step, price_up, least_gain = (row(c) for c in constants)
-        direction = 1.0 - 2.0 * row(rounding)
-        move = step * direction
-        gram_row = row(block_gram)
-        # What the block has moved so far, as this weight sees it.
-        own_slope = row(slope) + jnp.sum(gram_row[:, None] * moved, axis=0)
-        gain = 2.0 * move * own_slope + move * move * gram_row[k]
-        flips = (gain + direction * price_up < -least_gain) & (step > 0.0)
-        move = jnp.where(flips, move, 0.0)
-        flipped = row(rounding) + jnp.where(flips, direction, 0.0)
-
-        def put(x, value):
-            return jax.lax.dynamic_update_index_in_dim(x, value, k, axis=0)
-
-        return put(rounding, flipped), put(moved, move)
-
-    def visit_block(block, carry):
-        rounding, slope = carry
-        first = block * block_size
-
-        def rows(x):
-            return jax.lax.dynamic_slice_in_dim(x, first, block_size, axis=0)
-
-        columns = jax.lax.dynamic_slice_in_dim(gram, first, block_size, axis=1)
-        block_gram = rows(columns)
-        constants = (rows(step), rows(price_up), rows(least_gain))
-        block_slope = rows(slope)
-        block_rounding, moved = jax.lax.fori_loop(
-            0,
-            block_size,
-            lambda k, c: visit(k, c, block_gram, block_slope, constants),
-            (rows(rounding), jnp.zeros_like(block_slope)),
-        )
-        rounding = jax.lax.dynamic_update_slice_in_dim(
-            rounding, block_rounding, first, axis=0
-        )
-        # In late sweeps most blocks stay as they are.
-        slope = jax.lax.cond(
-            jnp.any(moved != 0.0),
-            lambda slope: slope + _matmul(columns, moved),
-            lambda slope: slope,
-            slope,
-        )
-        return rounding, slope
-
+    weights = _Weights(
+        step,
+        price_up=jnp.where(nearest == 1.0, stay_cost, -stay_cost),
+        # A flip must beat the rounding noise of its own gain, or float32 could cycle:
+        # near a tie, the part of the gain that balances the price is as large as the
+        # price.
+        least_gain=1e-6 * (step * step * diagonal + stay_cost),
+    )
     drift = pad(problem.drift, (0,))
 
     def reached(rounding, slope):
@@ -387,7 +343,7 @@ def _descend(
 
     def sweep(carry):
         rounding, slope, trace, sweeps, _ = carry
-        swept, slope = jax.lax.fori_loop(0, num_blocks, visit_block, (rounding, slope))
+        swept, slope = _visit_blocks(gram, weights, rounding, slope, sizes)
         changed = jnp.any(swept != rounding)
         sweeps = sweeps + changed.astype(jnp.int32)
         steps = jnp.arange(max_sweeps + 1, dtype=jnp.int32)
@@ -406,3 +362,106 @@ def _descend(
         unfinished, sweep, (start, slope, trace, jnp.int32(0), jnp.bool_(True))
     )
     return rounding[:num_inputs], trace, sweeps
+
+
+class _Weights(NamedTuple):
+    """What a visit asks of a weight, `[K, C]` or the rows of a block.
+
+    Attributes:
+      step: As in the problem.
+      price_up: Price of rounding 1 minus price of rounding 0.
+      least_gain: What a flip must gain.
+    """
+
+    step: jax.Array
+    price_up: jax.Array
+    least_gain: jax.Array
+
+    def rows(self, first: jax.Array, size: int) -> "_Weights":
+        return _Weights(*(_rows(x, first, size) for x in self))
+
+
+def _block_sizes(num_inputs: int, block_size: int) -> tuple[int, int]:
+    """Rows of a block and of the small blocks that it is made of."""
+    num_inputs = max(num_inputs, 1)
+    num_blocks = -(-num_inputs // block_size)
+    # As equal as they can be: that needs the least padding.
+    rows = -(-num_inputs // num_blocks)
+    small = min(_SMALL_BLOCK, rows)
+    return rows + -rows % small, small
+
+
+def _rows(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis=0)
+
+
+def _visit_blocks(
+    gram: jax.Array,
+    weights: _Weights,
+    rounding: jax.Array,
+    slope: jax.Array,
+    sizes: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Visits weights block by block, `sizes[0]` rows each, those by smaller ones.
+
+    Args:
+      gram: `[n, n]`, of these weights.
+      weights: `[n, C]`.
+      rounding: `[n, C]`.
+      slope: `[n, C]`, H d + g.
+      sizes: Rows of blocks, each a multiple of the next; n is one of the first.
+
+    Returns:
+      Rounding and slope after the visits.
+    """
+    size, *smaller = sizes
+
+    def visit_block(block, carry):
+        rounding, slope = carry
+        first = block * size
+        columns = jax.lax.dynamic_slice_in_dim(gram, first, size, axis=1)
+        own = (
+            _rows(columns, first, size),
+            weights.rows(first, size),
+            _rows(rounding, first, size),
+            _rows(slope, first, size),
+        )
+        if smaller:
+            visited, _ = _visit_blocks(*own, tuple(smaller))
+        else:
+            visited = _visit_rows(*own)
+        moved = own[1].step * (visited - own[2])
+        rounding = jax.lax.dynamic_update_slice_in_dim(rounding, visited, first, axis=0)
+        # Also for blocks that have not moved: asking costs more than the product.
+        return rounding, slope + _matmul(columns, moved)
+
+    return jax.lax.fori_loop(0, len(slope) // size, visit_block, (rounding, slope))
+
+
+def _visit_rows(
+    gram: jax.Array, weights: _Weights, rounding: jax.Array, slope: jax.Array
+) -> jax.Array:
+    """Rounding after one visit of each row; a visit adds up what others have moved."""
+
+    def visit(k, carry):
+        rounding, moved = carry
+
+        def row(x):
+            return jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
+
+        direction = 1.0 - 2.0 * row(rounding)
+        move = row(weights.step) * direction
+        gram_row = row(gram)
+        own_slope = row(slope) + jnp.sum(gram_row[:, None] * moved, axis=0)
+        gain = 2.0 * move * own_slope + move * move * gram_row[k]
+        pays = gain + direction * row(weights.price_up) < -row(weights.least_gain)
+        flips = pays & (row(weights.step) > 0.0)
+
+        def put(x, value):
+            return jax.lax.dynamic_update_index_in_dim(x, value, k, axis=0)
+
+        rounding = put(rounding, row(rounding) + jnp.where(flips, direction, 0.0))
+        return rounding, put(moved, jnp.where(flips, move, 0.0))
+
+    start = (rounding, jnp.zeros_like(slope))
+    return jax.lax.fori_loop(0, len(slope), visit, start)[0]

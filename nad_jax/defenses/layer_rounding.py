@@ -58,7 +58,7 @@ OPTIONS = {
 # Of the blind methods, those that draw a number per weight.
 _DRAWING = ("stochastic", "random", "noise")
 # Of coordinate descent.
-_BLOCK_SIZE = 64
+_BLOCK_SIZE = 256
 # Of a weight that stays at nearest, in units where errors are around 1: more than any
 # flip can cost, and nothing that overflows in a sum.
 _HIGHEST_PRICE = 1e30
