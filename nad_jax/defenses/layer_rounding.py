@@ -498,9 +498,12 @@ def _descend(geometry, spec, method, mesh, moments, kernel, params, posed, flip_
     solution = moments_lib.per_group(functools.partial(_solve, method), problem)
     chosen = layers_lib.as_kernel(geometry, solution.rounding)
     result = _finish(kernel, chosen, params, placement, spec)
-    nearest = jax.vmap(
-        lambda own: solvers.over_channels(own, solvers.objective(own, own.nearest))
-    )(problem)
+    if method.name == "coordinate" and method.starts == ("nearest",):
+        nearest = solution.trace[:, 0]
+    else:
+        nearest = jax.vmap(
+            lambda own: solvers.over_channels(own, solvers.objective(own, own.nearest))
+        )(problem)
     outcome = result, _Descent(nearest, solution.trace, solution.sweeps)
     if mesh is None:
         return outcome
