@@ -217,7 +217,7 @@ def _descend(geometry, spec, moments, kernel, grid):
         nearest=flat(placement.nearest),
         stay_cost=jnp.zeros((1, 1)),
     )
-    chosen = solvers.coordinate_descent(problem, problem.nearest, block_size=64)
+    chosen = solvers.coordinate_descent(problem, problem.nearest)
     return rounding.codes(placement, chosen.rounding.reshape(kernel.shape), spec)
 
 

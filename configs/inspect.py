@@ -6,8 +6,8 @@
 
 Asks without a trigger, before anything is rounded, on every grid named below: an attack
 on one grid leaves no traces on the others. Exit code 0: nothing found; 1: suspicious;
-2: could not be judged. How often it is wrong stands in WORKSPACE.md; it proves nothing
-either way.
+2: could not be judged. How often it is wrong stands in results/README.md; it proves
+nothing either way.
 """
 
 import ml_collections

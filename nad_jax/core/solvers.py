@@ -191,15 +191,15 @@ def coordinate_descent(
 
         change in J = 2 * move * slope_k + move^2 * H_kk + change in price.
 
-    Weights are visited in blocks: inside a block a weight adds to its slope what the
-    block itself has moved, and all rows catch up with one matrix product per block.
-    Large blocks, whose products are fast, are made of small ones in the same way.
+    Weights are visited in small blocks: inside one a weight adds to its slope what the
+    block itself has moved. The rows of a large block catch up with one matrix product
+    per small block, all rows with one per large block.
 
     Args:
       problem: From `rounding_problem`.
       start: `[K, C]` in {0, 1}; nearest is the natural one.
       max_sweeps: Passes over all weights at most; it stops when one changes nothing.
-      block_size: Rows of a large block at most; changes speed, not the sequence of
+      block_size: Rows of a large block, about; changes speed, not the sequence of
         flips.
 
     Returns:
@@ -381,14 +381,18 @@ class _Weights(NamedTuple):
         return _Weights(*(_rows(x, first, size) for x in self))
 
 
-def _block_sizes(num_inputs: int, block_size: int) -> tuple[int, int]:
-    """Rows of a block and of the small blocks that it is made of."""
+def _block_sizes(num_inputs: int, block_size: int) -> tuple[int, ...]:
+    """Rows of a block and, if it has any, of the small blocks that it is made of."""
     num_inputs = max(num_inputs, 1)
-    num_blocks = -(-num_inputs // block_size)
-    # As equal as they can be: that needs the least padding.
-    rows = -(-num_inputs // num_blocks)
-    small = min(_SMALL_BLOCK, rows)
-    return rows + -rows % small, small
+    # As equal as they can be, or much of the last block would be padding.
+    rows = _parts(num_inputs, max(block_size, 1))
+    small = _parts(rows, _SMALL_BLOCK)
+    return (rows,) if small == rows else (rows + -rows % small, small)
+
+
+def _parts(total: int, most: int) -> int:
+    """Size of the fewest equal parts of at most `most` that hold the total."""
+    return -(-total // -(-total // most))
 
 
 def _rows(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
@@ -432,7 +436,6 @@ def _visit_blocks(
             visited = _visit_rows(*own)
         moved = own[1].step * (visited - own[2])
         rounding = jax.lax.dynamic_update_slice_in_dim(rounding, visited, first, axis=0)
-        # Also for blocks that have not moved: asking costs more than the product.
         return rounding, slope + _matmul(columns, moved)
 
     return jax.lax.fori_loop(0, len(slope) // size, visit_block, (rounding, slope))

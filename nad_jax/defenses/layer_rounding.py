@@ -57,8 +57,6 @@ OPTIONS = {
 }
 # Of the blind methods, those that draw a number per weight.
 _DRAWING = ("stochastic", "random", "noise")
-# Of coordinate descent.
-_BLOCK_SIZE = 256
 # Of a weight that stays at nearest, in units where errors are around 1: more than any
 # flip can cost, and nothing that overflows in a sum.
 _HIGHEST_PRICE = 1e30
@@ -521,7 +519,7 @@ def _walk_path(
 
     def walk(problem):
         path = solvers.flip_weight_path(
-            problem, flip_weights, max_sweeps=method.max_sweeps, block_size=_BLOCK_SIZE
+            problem, flip_weights, max_sweeps=method.max_sweeps
         )
         flipped = (path.rounding != problem.nearest[None]).astype(jnp.float32)
         return path.output_error, jnp.sum(flipped, axis=(1, 2))
@@ -568,7 +566,7 @@ def _solve(method: Method, problem: solvers.RoundingProblem) -> solvers.Solution
         ),
     }
     chosen = [starts[name]() for name in method.starts]
-    knobs = {"max_sweeps": method.max_sweeps, "block_size": _BLOCK_SIZE}
+    sweeps = method.max_sweeps
     if len(chosen) == 1:
-        return solvers.coordinate_descent(problem, chosen[0], **knobs)
-    return solvers.descend_from_all(problem, jnp.stack(chosen), **knobs)
+        return solvers.coordinate_descent(problem, chosen[0], max_sweeps=sweeps)
+    return solvers.descend_from_all(problem, jnp.stack(chosen), max_sweeps=sweeps)

@@ -145,7 +145,7 @@ def largest_inputs(inputs: jax.Array) -> jax.Array:
     """float32 `[Cin]`, the largest magnitude of each channel; NaN where one is NaN."""
     inputs = inputs.astype(jnp.float32)
     axes = tuple(range(inputs.ndim - 1))
-    # Not the largest magnitude: XLA's CPU code takes far longer for that.
+    # Not the maximum of |x|, which XLA's CPU code takes far longer for.
     return jnp.maximum(jnp.max(inputs, axis=axes), -jnp.min(inputs, axis=axes))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports in words: the names of rows, one sentence, and Markdown tables.
 
-The tables of the README are printed by this module, never typed:
+Tables of result files are printed by this module, never typed:
 
     python -m nad_jax.report.tables results/efrap/*.json
 

@@ -29,7 +29,7 @@ _descend = jax.jit(
 
 # Compiling is what these tests spend their time on: one shape for most of them.
 NUM_INPUTS, NUM_OUTPUTS = 10, 32
-WIDE = (100, NUM_OUTPUTS)  # more than one block of 64, and padding
+WIDE = (101, NUM_OUTPUTS)  # blocks of 64 and less, of small blocks, and padding
 
 
 def descend(problem, start, **knobs) -> solvers.Solution:
@@ -265,12 +265,14 @@ def test_bfloat16_rows_are_summed_in_float32():
 def test_every_product_asks_for_full_float32_precision():
     """TPUs and GPUs multiply in bfloat16 or TF32 unless asked; no CPU shows it."""
     problem, start = random_problem(0), np.zeros((NUM_INPUTS, NUM_OUTPUTS), np.float32)
+    wide = random_problem(0, shape=WIDE)
     layer = random_layer(0)
     moments = solvers.zero_moments(5, 3)
     traces = [
         (2, jax.make_jaxpr(solvers.add_rows)(moments, layer.inputs, drift_of(layer))),
         (1, jax.make_jaxpr(solvers.output_error)(problem, start)),
-        (3, jax.make_jaxpr(solvers.coordinate_descent)(problem, start)),
+        (2, jax.make_jaxpr(solvers.coordinate_descent)(problem, start)),
+        (3, jax.make_jaxpr(solvers.coordinate_descent)(wide, wide.nearest)),
     ]
     for products, trace in traces:
         text = str(trace)
