@@ -167,3 +167,8 @@ def test_undone_units_leave_the_moments_of_plain_ones():
     scaled = moments.Collector().collect(geometry, kernel, float_inputs, inputs, units)
     for one, other in zip(units.undo(geometry, scaled), plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_largest_input_is_a_magnitude_of_either_sign():
+    inputs = jnp.asarray([[[3.0, -5.0, 0.0, 1.0]], [[-4.0, 2.0, 0.0, jnp.nan]]])
+    np.testing.assert_array_equal(moments.largest_inputs(inputs), [4, 5, 0, np.nan])
