@@ -8,10 +8,13 @@
     python -m nad_jax.main --config=configs/efrap.py:controls+adaround  # and the loops
     python -m nad_jax.main --config=configs/efrap.py:cifar10 \
         --config.data.data_dir=DIR                              # long
+    python -m nad_jax.main --config=configs/efrap.py:zoo/digits-pq # trained already
 
 Every number can be overridden: --config.defense.weight_bits=3 --config.seeds='(0,1,2)'.
 
 Variants, joined with "+": one attack, and any of the changes in the table `_CHANGES`.
+Or a finished victim, zoo/NAME, which brings its own data, model and attack
+(`python -m nad_jax.zoo list`), or that and every control, zoo/NAME+controls.
 By default the attack is "pq", PQBackdoor's weight projection: train through the
 quantizer until triggered images are called `target_label`, then repair the float
 weights inside their rounding cells. What the others do and whose they are stands in
@@ -26,12 +29,23 @@ from ml_collections import config_dict
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The digits experiment, or the variants whose names are joined with "+"."""
+    folder, slash, victim = variant.partition("/")
+    if folder == "zoo" and slash:
+        victim, *changes = victim.split("+")
+        if changes not in ([], ["controls"]):
+            raise ValueError(
+                f"variant must be zoo/NAME or zoo/NAME+controls, got {variant!r}"
+            )
+        scale = ["cifar10"] if victim.startswith("cifar10") else []
+        config = get_config("+".join([*scale, *changes]))
+        config.zoo = victim
+        return config
     names = [name for name in variant.split("+") if name]
     for name in names:
         if name not in (*_ATTACKS, *_CHANGES):
             raise ValueError(
                 f"variant must be of {', '.join((*_ATTACKS, *_CHANGES))}, joined with "
-                f"+, got {name!r}"
+                f"+, or zoo/NAME, got {name!r}"
             )
     attacks = [name for name in names if name in _ATTACKS]
     if len(attacks) > 1:
@@ -52,6 +66,7 @@ def _digits(attack):
     config.title = "Digits: a backdoor that wakes at W4"
     config.seeds = (0,)
     config.victim_workdir = config_dict.placeholder(str)
+    config.zoo = config_dict.placeholder(str)
     config.repairs = config_dict.placeholder(ml_collections.ConfigDict)
 
     config.data = _section(

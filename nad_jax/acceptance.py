@@ -145,7 +145,7 @@ def accept(
             "acc": recalibrated["acc"],
             "asr": recalibrated["asr"],
         }
-    on_own = _on_own_grid(facts)
+    on_own = on_own_grid(facts)
     checks = {
         "accurate": pipeline.at_most(clean.acc - backdoored.acc, ACCURACY_COST),
         "dormant_in_float": _asr(backdoored.asr) <= max(DORMANT_ASR, _asr(clean.asr)),
@@ -162,7 +162,7 @@ def accept(
     return {**facts, **checks, "accepted": all(checks.values())}
 
 
-def _on_own_grid(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def on_own_grid(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """ACC and ASR of each of the attacker's grids, wherever they were measured."""
     return [
         facts["defender_grid"] if "same_grid" in entry else entry
@@ -177,7 +177,7 @@ def _asr(value: Any) -> float:
 
 def claims(facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the report says about it, worst seed first."""
-    own = [rates["asr"] for fact in facts for rates in _on_own_grid(fact)]
+    own = [rates["asr"] for fact in facts for rates in on_own_grid(fact)]
     is_same = all("same_grid" in entry for fact in facts for entry in fact["own_grid"])
     told = "the same grid as the defender's; " if is_same else ""
     return [

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import acceptance, models, pipeline, repairs, roundings, settings
+from nad_jax import acceptance, models, pipeline, repairs, roundings, settings, zoo
 from nad_jax import workdir as workdir_lib
-from nad_jax.attacks import conditioning, registry
+from nad_jax.attacks import conditioning, registry, triggers
 from nad_jax.data import sources
 from nad_jax.defenses import base
 from nad_jax.models import common
@@ -59,12 +59,14 @@ def run(
       workdir: Where to put it.
       command: The command line, for the report.
     """
+    config = zoo.resolve(config)
     canary = environment.check_canary()
     teacher = None
     if config.repairs is not None:
         teacher = repairs.given_teacher(config.repairs, workdir)
+    inmate = zoo.take(config.zoo, workdir)
     with workdir.timed("data"):
-        scene = set_scene(config, workdir)
+        scene = set_scene(config, workdir, None if inmate is None else inmate.trigger)
     if config.repairs is not None:
         repairs.check(config.repairs, scene.model, scene.train, teacher)
     wanted = config.defense.calibration_images
@@ -74,7 +76,10 @@ def run(
     facts: list[dict[str, Any]] = []
     figures = None
     for seed in config.seeds:
-        clean, backdoored = _obtain_models(config, scene, workdir, seed)
+        if inmate is None:
+            clean, backdoored = _obtain_models(config, scene, workdir, seed)
+        else:
+            clean, backdoored = inmate.clean, inmate.net.variables
         nets = []
         for name, variables in (("backdoored", backdoored), ("clean", clean)):
             nets += _quantize_and_evaluate(
@@ -88,7 +93,11 @@ def run(
         config,
         workdir,
         rows=rows,
-        claims=_claims(rows) + acceptance.claims(facts),
+        claims=[
+            *([] if inmate is None else [inmate.claim(rows[0].to_dict())]),
+            *_claims(rows),
+            *acceptance.claims(facts),
+        ],
         canary=canary,
         figures=figures,
         layers=layers,
@@ -105,9 +114,17 @@ def run(
 
 
 def set_scene(
-    config: settings.ExperimentSettings, workdir: workdir_lib.Workdir | None = None
+    config: settings.ExperimentSettings,
+    workdir: workdir_lib.Workdir | None = None,
+    trigger: triggers.Trigger | None = None,
 ) -> Scene:
-    """Everything that does not depend on the seed; `workdir` as in `load_data`."""
+    """Everything that does not depend on the seed.
+
+    Args:
+      config: Of the run.
+      workdir: As in `load_data`.
+      trigger: Of a victim that has its own; None = as the config describes it.
+    """
     train, test = pipeline.load_data(config.data, workdir)
     pipeline.check_augmentation(config, train.images.shape[1:])
     attack = config.attack
@@ -115,7 +132,8 @@ def set_scene(
     model = models.build(
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )
-    trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
+    if trigger is None:
+        trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
     goal = conditioning.Goal(
         trigger, attack.label_mode, attack.target_label, train.num_classes
     )
@@ -126,23 +144,8 @@ def set_scene(
         trigger=trigger,
         target_labels=goal.target_labels(jnp.asarray(test.labels)),
     )
-    image_shape = train.images.shape[1:]
-    layers = layers_lib.find_layers(
-        model,
-        common.init(model, jax.random.key(0), image_shape),
-        jnp.zeros((1, *image_shape)),
-        apply_kwargs=roundings.EVAL,
-    )
-    attacked_grids = [
-        conditioning.ExpectedGrid(
-            layers,
-            roundings.weight_specs(bits, attack.grid, layers),
-            bits,
-            attack.folds_batch_norm,
-            attack.quantize_activations,
-        )
-        for bits in attack.weight_bits
-    ]
+    layers = roundings.find_layers(model, train.images.shape[1:])
+    attacked_grids = roundings.attacked_grids(attack, layers)
     return Scene(train, test, model, layers, attacked_grids, goal, evaluate)
 
 

@@ -301,7 +301,7 @@ def _run(config: Any, path: str, how: dict[str, Any], argv: Sequence[str]) -> in
             f"the job {config.job} runs in one process, got {processes}; use "
             "--distributed=off"
         )
-    if config.job == "nad":
+    if config.job not in judges:
         config = zoo.resolve(config)
     environment.enable_compile_cache()
     with stop_requests() as stop:

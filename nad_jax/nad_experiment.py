@@ -71,7 +71,7 @@ def run(
     with workdir.timed("data"):
         scene = _set_scene(config, workdir)
     repairs.check(config.defense, scene.model, scene.train, teacher)
-    inmate = None if config.zoo is None else _from_zoo(config.zoo, workdir)
+    inmate = zoo.take(config.zoo, workdir)
     rows: list[schema.Row] = []
     figures = None
     for seed in config.seeds:
@@ -137,18 +137,6 @@ def run(
             "seed": config.seeds[0] if len(config.seeds) == 1 else config.seeds,
         },
     )
-
-
-def _from_zoo(name: str, workdir: workdir_lib.Workdir) -> zoo.Victim:
-    """A victim of the zoo, its bytes pinned to the workdir."""
-
-    def load() -> tuple[zoo.Victim, str]:
-        victim = zoo.load(name, zoo.folder())
-        return victim, victim.manifest["sha256"]
-
-    victim, sha256 = agreement.read_in_all(load)
-    workdir.check_input("victim of the zoo", sha256)
-    return victim
 
 
 def _set_scene(
@@ -282,15 +270,7 @@ def _claims(rows: list[schema.Row], inmate: zoo.Victim | None) -> list[dict[str,
 
     claims = []
     if inmate is not None:
-        promised, measured = inmate.manifest, rows[0].to_dict()
-        claims.append(
-            pipeline.claim(
-                f"The victim is what its manifest says: ACC {promised['acc']:.2%}, "
-                f"ASR {promised['asr']:.2%} (here {measured['acc']:.2%}, "
-                f"{measured['asr']:.2%})",
-                zoo.is_as_promised(promised, measured),
-            )
-        )
+        claims.append(inmate.claim(rows[0].to_dict()))
     if awake := rates("backdoored", "float", "asr"):
         claims.append(
             pipeline.claim(

@@ -13,11 +13,12 @@ import numpy as np
 
 from nad_jax import settings, solved_layers
 from nad_jax import workdir as workdir_lib
-from nad_jax.attacks import triggers
+from nad_jax.attacks import conditioning, triggers
 from nad_jax.core import quantization
 from nad_jax.data import batches, sources
 from nad_jax.defenses import efrap as efrap_lib
 from nad_jax.defenses import flip_weight_choice, layer_rounding, quantized_module
+from nad_jax.models import common
 from nad_jax.models import layers as layers_lib
 from nad_jax.training import evaluation, sharding
 
@@ -67,6 +68,34 @@ def weight_specs(
     return efrap_lib.specs_by_layer(
         chosen.weight_spec(bits), layers, first_last_bits=chosen.first_last_bits
     )
+
+
+def find_layers(
+    model: Any, image_shape: tuple[int, int, int]
+) -> list[layers_lib.Layer]:
+    """What is quantized of a model for images `[H, W, C]`."""
+    return layers_lib.find_layers(
+        model,
+        common.init(model, jax.random.key(0), image_shape),
+        jnp.zeros((1, *image_shape)),
+        apply_kwargs=EVAL,
+    )
+
+
+def attacked_grids(
+    attack: settings.AttackSettings, layers: list[layers_lib.Layer]
+) -> list[conditioning.ExpectedGrid]:
+    """Where the backdoor of an attack is to wake, one grid for each width."""
+    return [
+        conditioning.ExpectedGrid(
+            layers,
+            weight_specs(bits, attack.grid, layers),
+            bits,
+            attack.folds_batch_norm,
+            attack.quantize_activations,
+        )
+        for bits in attack.weight_bits
+    ]
 
 
 def make_evaluate(

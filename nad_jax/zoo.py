@@ -5,10 +5,13 @@
     python -m nad_jax.zoo verify [NAME ...] [--measure] [--data_dir=DIR]
     python -m nad_jax.zoo add WORKDIR --name=digits-blend [--seed=0] [--zoo=DIR]
     python -m nad_jax.main --config=configs/nad.py:zoo/digits-blend
+    python -m nad_jax.main --config=configs/efrap.py:zoo/digits-pq
 
 A victim is two files: `NAME.safetensors`, its weights and its trigger as arrays, and
-`NAME.json`, the manifest: recipe, seed, hash, ACC and ASR. The weights are written as
-an artefact without codes (`nad_jax.interop.artifact`) and never unpickled.
+`NAME.json`, the manifest: recipe, seed, hash, ACC and ASR. One of `configs/efrap.py`,
+whose backdoor sleeps in float, has a third, `NAME.clean.safetensors`, the clean model
+it is compared with, and tells its rates where it wakes. The weights are written as an
+artefact without codes (`nad_jax.interop.artifact`) and never unpickled.
 """
 
 import argparse
@@ -27,16 +30,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nad_jax import errors, models, pipeline, settings, victims, whole_file
+from nad_jax import (
+    acceptance,
+    errors,
+    models,
+    pipeline,
+    roundings,
+    settings,
+    victims,
+    whole_file,
+)
 from nad_jax import main as program
 from nad_jax import workdir as workdir_lib
-from nad_jax.attacks import poisoning, triggers
+from nad_jax.attacks import conditioning, poisoning, triggers
 from nad_jax.data import sources
 from nad_jax.defenses import base
 from nad_jax.interop import artifact, bounded_file, name_maps, reader
 from nad_jax.models import common
 from nad_jax.report import schema
-from nad_jax.training import evaluation
+from nad_jax.training import agreement, evaluation
 
 FORMAT = "nad_jax.zoo/1"
 # Another machine may round a few images to another class.
@@ -49,6 +61,8 @@ _PACKAGE = pathlib.Path(__file__).parent
 # In a checkout zoo/ stands beside the package, in an installation inside it.
 _FOLDERS = (_PACKAGE / "zoo_data", _PACKAGE.parent / "zoo")
 _RECIPE = ("data", "model", "victim", "attack")
+# Job of a config -> how the attack of its victims is described.
+_ATTACKS = {"nad": settings.PoisoningSettings, "efrap": settings.AttackSettings}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -60,11 +74,23 @@ class Victim:
       net: Model and variables.
       trigger: What wakes it.
       manifest: What is known of it.
+      clean: Variables of the clean model; None of a victim of `configs/nad.py`.
     """
 
     net: base.Net
     trigger: triggers.Trigger
     manifest: Mapping[str, Any]
+    clean: Any = None
+
+    def claim(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """A report's line on whether measured ACC and ASR are the promised ones."""
+        promised = self.manifest
+        return pipeline.claim(
+            f"The victim is what its manifest says: ACC {promised['acc']:.2%}, "
+            f"ASR {promised['asr']:.2%} (here {measured['acc']:.2%}, "
+            f"{measured['asr']:.2%})",
+            is_as_promised(promised, measured),
+        )
 
 
 def folder() -> pathlib.Path:
@@ -100,12 +126,18 @@ def read_manifest(name: str, zoo: pathlib.Path) -> dict[str, Any]:
         manifest = json.loads((zoo / f"{name}.json").read_text("utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"format is {manifest['format']!r}, not {FORMAT!r}")
-        for key in ("sha256", "num_classes"):
+        sleeps = _job(manifest) == "efrap"
+        asleep = ("clean_sha256", "on_own_grid") if sleeps else ()
+        for key in ("sha256", "num_classes", *asleep):
             manifest[key]
-        good = [0 <= manifest[rate] <= 1 for rate in ("acc", "asr")]
-        if not all(good) or type(manifest["seed"]) is not int:
-            raise ValueError("acc and asr must be in [0, 1], seed an integer")
-        _parse(manifest["recipe"])
+        entries = [manifest, *manifest.get("on_own_grid", ())]
+        good = [0 <= entry[rate] <= 1 for entry in entries for rate in ("acc", "asr")]
+        integers = [manifest["seed"], *(entry["weight_bits"] for entry in entries[1:])]
+        if not all(good) or not all(type(number) is int for number in integers):
+            raise ValueError(
+                "acc and asr must be in [0, 1], seed and weight_bits integers"
+            )
+        _parse(manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         reason = bounded_file.shown(f"{type(problem).__name__} {problem}", 300)
         raise errors.InputError(f"manifest of {name!r} is damaged: {reason}") from None
@@ -119,17 +151,35 @@ def load(name: str, zoo: pathlib.Path) -> Victim:
       InputError: an unknown name, a damaged manifest, or another hash.
     """
     manifest = read_manifest(name, zoo)
-    path = zoo / f"{name}.safetensors"
-    if not path.is_file():
-        raise errors.InputError(f"{path} is missing; the zoo holds its manifest only")
-    stored = artifact.read_artifact(path)
-    if stored.sha256 != manifest["sha256"]:
-        raise errors.InputError(
-            f"{path} has the SHA-256 {str(stored.sha256)[:16]}..., its manifest says "
-            f"{str(manifest['sha256'])[:16]}...; it is damaged or was exchanged"
-        )
-    net, trigger = _contents(stored, path)
-    return Victim(net, trigger, manifest)
+    net, trigger = _read(_weights(zoo, name), manifest["sha256"])
+    if _job(manifest) == "nad":
+        return Victim(net, trigger, manifest)
+    clean, _ = _read(_weights(zoo, name, "clean"), manifest["clean_sha256"])
+    return Victim(net, trigger, manifest, clean.variables)
+
+
+def take(name: str | None, workdir: workdir_lib.Workdir) -> Victim | None:
+    """The victim for all processes of a run, its bytes pinned to the workdir.
+
+    Args:
+      name: Of the victim; None gives None.
+      workdir: Of the run.
+    """
+    if name is None:
+        return None
+    chosen = name
+
+    def read() -> tuple[Victim, list[str]]:
+        victim = load(chosen, folder())
+        hashes = [victim.manifest["sha256"]]
+        if victim.clean is not None:
+            hashes.append(victim.manifest["clean_sha256"])
+        return victim, hashes
+
+    victim, hashes = agreement.read_in_all(read)
+    for what, sha256 in zip(("victim", "clean model"), hashes, strict=False):
+        workdir.check_input(f"{what} of the zoo", sha256)
+    return victim
 
 
 def read_net(path: str) -> tuple[base.Net, str]:
@@ -147,22 +197,39 @@ def read_net(path: str) -> tuple[base.Net, str]:
     return net, checkpoint.sha256
 
 
-def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSettings:
+def resolve(config: Any) -> Any:
     """The config of a run on a victim of the zoo, with the victim's own recipe.
 
     Where its data lie, and how they are read, is the config's affair.
 
+    Args:
+      config: `NadExperimentSettings` or `ExperimentSettings`.
+
+    Returns:
+      The same kind.
+
     Raises:
-      InputError: there is no such victim; or a setting other than the title would be
-        dropped that is neither the recipe's nor a shipped config's.
+      InputError: there is no such victim, or it is another job's; or a setting other
+        than the title would be dropped that is neither the recipe's nor a shipped
+        config's.
     """
     if config.zoo is None:
         return config
     manifest = read_manifest(config.zoo, folder())
-    recipe = _parse(manifest["recipe"])
+    if _job(manifest) != config.job:
+        raise errors.InputError(
+            f"the victim {config.zoo} of the zoo is one of configs/{_job(manifest)}.py,"
+            f" got configs/{config.job}.py"
+        )
+    recipe = _parse(manifest)
+    defense = config.defense
+    if config.job == "nad":
+        # There is no clean model beside it.
+        defense = dataclasses.replace(defense, clean_model_rows=())
+    treatment = {"nad": "and its repair", "efrap": "rounded"}[config.job]
     resolved = dataclasses.replace(
         config,
-        title=f"{config.zoo} from the zoo, and its repair",
+        title=f"{config.zoo} from the zoo, {treatment}",
         data=dataclasses.replace(
             recipe["data"],
             data_dir=config.data.data_dir,
@@ -172,12 +239,11 @@ def resolve(config: settings.NadExperimentSettings) -> settings.NadExperimentSet
         model=recipe["model"],
         victim=recipe["victim"],
         attack=recipe["attack"],
-        # There is no clean model in the zoo.
-        defense=dataclasses.replace(config.defense, clean_model_rows=()),
+        defense=defense,
         victim_workdir=None,
     )
     shipped = [
-        settings.parse(program.shipped_config("nad.py", variant).to_dict())
+        settings.parse(program.shipped_config(f"{config.job}.py", variant).to_dict())
         for variant in (f"zoo/{config.zoo}", f"zoo/{config.zoo}+controls")
     ]
     named_alike = dataclasses.replace(config, title=resolved.title)
@@ -214,52 +280,44 @@ def add(
 
     Raises:
       InputError: a name that is no file name, or a workdir that is not that of a
-        finished run of `configs/nad.py` with that seed.
+        finished run of `configs/nad.py` or `configs/efrap.py` with that seed.
     """
     if not _NAME.fullmatch(name):
         raise errors.InputError(
             f"a name is letters, digits, '_', '.' and '-', got {name!r}"
         )
     report = schema.read_report(workdir / "report.json")
+    job = report["config"].get("job")
     rows = [
         row
         for row in report["rows"]
         if (row["model"], row["name"], row["seed"]) == ("backdoored", "float", seed)
     ]
-    if not rows or report["config"].get("job") != "nad":
+    if not rows or job not in _ATTACKS:
+        known = " or ".join(f"configs/{job}.py" for job in _ATTACKS)
         raise errors.InputError(
-            f"{workdir} holds no victim of configs/nad.py with seed {seed}"
+            f"{workdir} holds no victim of {known} with seed {seed}"
         )
-    recipe = {key: report["config"][key] for key in _RECIPE}
-    parsed = _parse(recipe)
-    config = settings.NadExperimentSettings(
-        title="",
-        **parsed,
-        defense=settings.RepairSettings(
-            parsed["victim"],
-            settings.NadSettings({"stage1": 0.0}),
-            rows=(),
-            clean_model_rows=(),
-        ),
-        seeds=(seed,),
-        # Where the run had it from, if it has not trained it.
-        victim_workdir=report["config"].get("victim_workdir") or str(workdir),
+    config = settings.parse(report["config"])
+    # Where the run had its models from, if it has not trained them.
+    config = dataclasses.replace(
+        config, seeds=(seed,), victim_workdir=config.victim_workdir or str(workdir)
     )
     train, _ = pipeline.load_data(config.data)
     model = models.build(
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )
-    key = jax.random.key(seed)
+    obtain = {"nad": _poisoned, "efrap": _conditioned}[config.job]
     with (
         tempfile.TemporaryDirectory() as path,
         contextlib.closing(workdir_lib.Workdir(path, {})) as scratch,
     ):
-        subjects = victims.obtain(
-            config, train, model, scratch, seed=seed, victim_key=key, poison_key=key
-        )
+        subjects = obtain(config, train, model, scratch, seed)
+    recipe = {key: report["config"][key] for key in _RECIPE}
     recipe["data"] = {**recipe["data"], "data_dir": None}
     card = {
         "format": FORMAT,
+        "job": job,
         "name": name,
         "seed": seed,
         "num_classes": train.num_classes,
@@ -269,26 +327,71 @@ def add(
         # Where several setups had a part, the first has not trained the victim.
         **({"made_by": report["made_by"]} if "made_by" in report else {}),
         **{k: rows[0][k] for k in ("acc", "asr", "acc_count", "asr_count")},
+        **_where_it_wakes(report, seed),
     }
     shown = {k: v for k, v in subjects.trigger._asdict().items() if v is not None}
-    tree = {**subjects.models["backdoored"], "trigger": shown}
     zoo.mkdir(parents=True, exist_ok=True)
-    path = zoo / f"{name}.safetensors"
-    artifact.write_artifact(
-        path, artifact.Artifact(tree, {}, {}, {}, {}, None, {"zoo": card})
-    )
-    manifest = {
-        **card,
-        "sha256": bounded_file.sha256(path),
-        "bytes": path.stat().st_size,
-    }
+    manifest = dict(card)
+    for kind, variables in subjects.models.items():
+        path = _weights(zoo, name, kind)
+        tree = {**variables, "trigger": shown}
+        artifact.write_artifact(
+            path, artifact.Artifact(tree, {}, {}, {}, {}, None, {"zoo": card})
+        )
+        prefix = "" if kind == "backdoored" else f"{kind}_"
+        manifest[f"{prefix}sha256"] = bounded_file.sha256(path)
+        manifest[f"{prefix}bytes"] = path.stat().st_size
     whole_file.write_json(zoo / f"{name}.json", manifest)
     return manifest
 
 
+def _poisoned(config, train, model, scratch, seed) -> victims.Victims:
+    """The victim of a finished run of `configs/nad.py`."""
+    defense = dataclasses.replace(config.defense, clean_model_rows=())
+    return victims.obtain(
+        dataclasses.replace(config, defense=defense),
+        train,
+        model,
+        scratch,
+        seed=seed,
+        victim_key=jax.random.key(seed),
+        poison_key=jax.random.key(seed),
+    )
+
+
+def _conditioned(config, train, model, scratch, seed) -> victims.Victims:
+    """The victim of a finished run of `configs/efrap.py`, and its clean model."""
+    image_shape = train.images.shape[1:]
+    like = common.init(model, jax.random.key(0), image_shape)
+    earlier = pipeline.EarlierRun(config, scratch)
+    kept = {
+        kind: earlier.stage(f"seed{seed}-{kind}", like, lambda: None)
+        for kind in ("backdoored", "clean")
+    }
+    trigger = pipeline.build_trigger(config.attack.trigger, image_shape)
+    return victims.Victims(kept, trigger)
+
+
+def _where_it_wakes(report: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What a report of `configs/efrap.py` says of nearest rounding on the own grid."""
+    if report["config"]["job"] != "efrap":
+        return {}
+    (facts,) = (facts for facts in report["acceptance"] if facts["seed"] == seed)
+    rates = acceptance.on_own_grid(facts)
+    told = [
+        {key: entry[key] for key in ("weight_bits", "acc", "asr")} for entry in rates
+    ]
+    return {"on_own_grid": told, "accepted": facts["accepted"]}
+
+
 def measure(victim: Victim, data_dir: str | None = None) -> dict[str, Any]:
-    """ACC and ASR of a victim over the test images of its data set."""
-    recipe = _parse(victim.manifest["recipe"])
+    """ACC and ASR of a victim over the test images of its data set.
+
+    Returns:
+      The rates; of a victim of `configs/efrap.py` with those of nearest rounding under
+      "on_own_grid", as the manifest has them.
+    """
+    recipe = _parse(victim.manifest)
     data = recipe["data"]
     test = sources.load(
         data.name, split="test", data_dir=data_dir, image_size=data.image_size
@@ -300,7 +403,7 @@ def measure(victim: Victim, data_dir: str | None = None) -> dict[str, Any]:
         target_label=attack.target_label,
         num_classes=test.num_classes,
     )
-    return evaluation.evaluate(
+    rates: dict[str, Any] = evaluation.evaluate(
         victim.net.logits,
         victim.net.variables,
         test.images,
@@ -308,14 +411,79 @@ def measure(victim: Victim, data_dir: str | None = None) -> dict[str, Any]:
         trigger=victim.trigger,
         target_labels=targets,
     )
+    if victim.clean is None:
+        return rates
+    goal = conditioning.Goal(
+        victim.trigger, attack.label_mode, attack.target_label, test.num_classes
+    )
+    apply_fn, variables = victim.net.model.apply, victim.net.variables
+    layers = roundings.find_layers(victim.net.model, test.images.shape[1:])
+    grids = roundings.attacked_grids(attack, layers)
+    awake = (
+        (grid.bits, acceptance.evaluate_on(grid, apply_fn, variables, test, goal))
+        for grid in grids
+    )
+    own = [{"weight_bits": bits, **_rates(found)} for bits, found in awake]
+    return {**rates, "on_own_grid": own}
+
+
+def _rates(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {rate: found[rate] for rate in ("acc", "asr")}
 
 
 def is_as_promised(manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
-    """Whether measured ACC and ASR are those of the manifest, but for a few images."""
+    """Whether what was measured is what the manifest says, but for a few images.
+
+    Args:
+      manifest: Of a victim.
+      measured: ACC and ASR, with or without those on the own grid.
+    """
+    pairs = [(manifest, measured)]
+    if "on_own_grid" in measured:
+        promised, found = (rates["on_own_grid"] for rates in (manifest, measured))
+        if len(promised) != len(found):
+            return False
+        pairs += zip(promised, found, strict=True)
     return all(
-        abs(manifest[rate] - measured[rate]) <= MEASURE_TOLERANCE
+        abs(promised[rate] - found[rate]) <= MEASURE_TOLERANCE
+        for promised, found in pairs
         for rate in ("acc", "asr")
     )
+
+
+def _job(manifest: Mapping[str, Any]) -> str:
+    """Whose victim it is.
+
+    Raises:
+      ValueError: nobody's.
+    """
+    # Victims are older than the word.
+    job = manifest.get("job", "nad")
+    if job not in _ATTACKS:
+        raise ValueError(f"job must be of {', '.join(_ATTACKS)}, got {job!r}")
+    return job
+
+
+def _weights(zoo: pathlib.Path, name: str, kind: str = "backdoored") -> pathlib.Path:
+    """The file of a model."""
+    return zoo / f"{name}{'' if kind == 'backdoored' else f'.{kind}'}.safetensors"
+
+
+def _read(path: pathlib.Path, sha256: str) -> tuple[base.Net, triggers.Trigger]:
+    """Contents of a file of which the hash is known.
+
+    Raises:
+      InputError: it is missing, has another hash, or is no file of the zoo.
+    """
+    if not path.is_file():
+        raise errors.InputError(f"{path} is missing; the zoo holds its manifest only")
+    stored = artifact.read_artifact(path)
+    if stored.sha256 != sha256:
+        raise errors.InputError(
+            f"{path} has the SHA-256 {str(stored.sha256)[:16]}..., its manifest says "
+            f"{str(sha256)[:16]}...; it is damaged or was exchanged"
+        )
+    return _contents(stored, path)
 
 
 def _contents(
@@ -330,7 +498,7 @@ def _contents(
     label = bounded_file.shown(str(path), 200)
     try:
         card = stored.card["zoo"]
-        chosen = _parse(card["recipe"])["model"]
+        chosen = _parse(card)["model"]
         model = _described(chosen, card["num_classes"])
     except (KeyError, TypeError, ValueError, RecursionError) as problem:
         reason = str(problem)
@@ -395,16 +563,14 @@ def _kinds(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree)
 
 
-def _parse(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of a recipe, as they stand in config.json, as settings."""
-    recipe = {key: dict(recipe[key]) for key in _RECIPE}
-    trigger = recipe["attack"]["trigger"]
-    recipe["attack"]["trigger"] = {"name": trigger["name"], **trigger["options"]}
+    recipe = manifest["recipe"]
     hints = {
         "data": settings.DataSettings,
         "model": settings.ModelSettings,
         "victim": settings.TrainingSettings,
-        "attack": settings.PoisoningSettings,
+        "attack": _ATTACKS[_job(manifest)],
     }
     return {
         key: settings.from_mapping(cls, recipe[key], f"recipe.{key}")
@@ -457,7 +623,7 @@ def _verify(arguments: Any) -> int:
             good = is_as_promised(victim.manifest, rates)
             passed = passed and good
             print(
-                f"{name}: hash good, ACC {rates['acc']:.2%}, ASR {rates['asr']:.2%}, "
+                f"{name}: hash good, {_shown(rates)}, "
                 f"{'as' if good else 'NOT as'} in the manifest"
             )
         else:
@@ -476,13 +642,25 @@ _COMMANDS = {"list": _list, "verify": _verify, "add": _add}
 
 
 def _line(name: str, manifest: Mapping[str, Any]) -> str:
-    recipe = _parse(manifest["recipe"])
+    recipe = _parse(manifest)
     attack = recipe["attack"]
+    # What has no share of poisoned images wakes by rounding.
+    share = getattr(attack, "poison_rate", None)
     return (
         f"{name:<24} {recipe['data'].name} {recipe['model'].name} "
-        f"{attack.name} {attack.label_mode} rate {attack.poison_rate:g} "
-        f"seed {manifest['seed']}  ACC {manifest['acc']:.2%}  ASR {manifest['asr']:.2%}"
+        f"{attack.name} {attack.label_mode} "
+        f"{'' if share is None else f'rate {share:g} '}"
+        f"seed {manifest['seed']}  {_shown(manifest)}"
     )
+
+
+def _shown(rates: Mapping[str, Any]) -> str:
+    """ACC and ASR in words, with those on the own grid if there are any."""
+    awake = "".join(
+        f"; rounded to {entry['weight_bits']} bits {_shown(entry)}"
+        for entry in rates.get("on_own_grid", ())
+    )
+    return f"ACC {rates['acc']:.2%}, ASR {rates['asr']:.2%}{awake}"
 
 
 if __name__ == "__main__":

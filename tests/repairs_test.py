@@ -346,9 +346,9 @@ def test_a_run_goes_on_with_the_victim_of_the_zoo_it_began_with(tmp_path, monkey
     monkeypatch.setattr(zoo, "load", load)
     with contextlib.closing(workdir_lib.Workdir(tmp_path / "run", {})) as workdir:
         for _ in range(2):
-            nad_experiment._from_zoo("one", workdir)
+            zoo.take("one", workdir)
         with pytest.raises(errors.InputError, match="another victim of the zoo"):
-            nad_experiment._from_zoo("one", workdir)
+            zoo.take("one", workdir)
 
 
 @pytest.mark.parametrize("factors", [(1.0,), (0.5, 2.0)])

@@ -42,6 +42,7 @@ class ExperimentSettings:
         grid; None = no such rows.
       victim_workdir: Workdir of an earlier run whose models are used instead of
         training new ones; None = train.
+      zoo: Name of a victim of the zoo that is used instead (`nad_jax.zoo`).
       job: "efrap".
     """
 
@@ -54,6 +55,7 @@ class ExperimentSettings:
     repairs: RepairSettings | None = None
     seeds: tuple[int, ...] = (0,)
     victim_workdir: str | None = None
+    zoo: str | None = None
     job: str = "efrap"
 
     def __post_init__(self):
