@@ -251,6 +251,9 @@ def _make_cifar10(config):
         stage.flip = True
     if "wake" in config.attack.recipe:
         config.attack.recipe.wake.epochs = 1
+    if config.attack.name == "pq":
+        # Two leave it a little awake in float: 2.67 % ASR, the clean model has 2.53.
+        config.attack.recipe.hide.epochs = 4
     if config.attack.name == "compartifact":
         # From fresh weights. Its authors take 35 epochs and drop the rate at 20; scaled
         # to what the clean model gets.
