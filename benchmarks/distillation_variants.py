@@ -378,7 +378,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [name for name in zoo.names(zoo.folder()) if name.startswith("digits-")]
+    victims = zoo.names(zoo.folder(), "nad")
+    known = [name for name in victims if name.startswith("digits-")]
     parser.add_argument("--victims", default=",".join(known))
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--steps", default=",".join(STEPS))

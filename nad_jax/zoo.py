@@ -108,9 +108,20 @@ def folder() -> pathlib.Path:
     )
 
 
-def names(zoo: pathlib.Path) -> list[str]:
-    """Names of the victims in a folder."""
-    return sorted(path.stem for path in zoo.glob("*.json"))
+def names(zoo: pathlib.Path, job: str | None = None) -> list[str]:
+    """Names of the victims in a folder.
+
+    Args:
+      zoo: The folder.
+      job: Of "nad" or "efrap" alone; None = of all.
+
+    Raises:
+      InputError: with `job`, a damaged manifest.
+    """
+    found = sorted(path.stem for path in zoo.glob("*.json"))
+    if job is None:
+        return found
+    return [name for name in found if _job(read_manifest(name, zoo)) == job]
 
 
 def read_manifest(name: str, zoo: pathlib.Path) -> dict[str, Any]:
@@ -137,7 +148,12 @@ def read_manifest(name: str, zoo: pathlib.Path) -> dict[str, Any]:
             raise ValueError(
                 "acc and asr must be in [0, 1], seed and weight_bits integers"
             )
-        _parse(manifest)
+        attack = _parse(manifest)["attack"]
+        widths = [entry["weight_bits"] for entry in entries[1:]]
+        if sleeps and widths != list(attack.weight_bits):
+            raise ValueError(
+                f"on_own_grid must be of {list(attack.weight_bits)} bits, got {widths}"
+            )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         reason = bounded_file.shown(f"{type(problem).__name__} {problem}", 300)
         raise errors.InputError(f"manifest of {name!r} is damaged: {reason}") from None
@@ -282,9 +298,11 @@ def add(
       InputError: a name that is no file name, or a workdir that is not that of a
         finished run of `configs/nad.py` or `configs/efrap.py` with that seed.
     """
-    if not _NAME.fullmatch(name):
+    # NAME.clean.safetensors is the clean model of NAME.
+    if not _NAME.fullmatch(name) or name.endswith(".clean"):
         raise errors.InputError(
-            f"a name is letters, digits, '_', '.' and '-', got {name!r}"
+            f"a name is letters, digits, '_', '.' and '-', not ending in .clean, got "
+            f"{name!r}"
         )
     report = schema.read_report(workdir / "report.json")
     job = report["config"].get("job")
@@ -299,6 +317,8 @@ def add(
             f"{workdir} holds no victim of {known} with seed {seed}"
         )
     config = settings.parse(report["config"])
+    if config.zoo is not None:
+        raise errors.InputError(f"the victim of {workdir} is {config.zoo} of the zoo")
     # Where the run had its models from, if it has not trained them.
     config = dataclasses.replace(
         config, seeds=(seed,), victim_workdir=config.victim_workdir or str(workdir)
@@ -440,10 +460,7 @@ def is_as_promised(manifest: Mapping[str, Any], measured: Mapping[str, Any]) -> 
     """
     pairs = [(manifest, measured)]
     if "on_own_grid" in measured:
-        promised, found = (rates["on_own_grid"] for rates in (manifest, measured))
-        if len(promised) != len(found):
-            return False
-        pairs += zip(promised, found, strict=True)
+        pairs += zip(manifest["on_own_grid"], measured["on_own_grid"], strict=True)
     return all(
         abs(promised[rate] - found[rate]) <= MEASURE_TOLERANCE
         for promised, found in pairs
@@ -656,11 +673,13 @@ def _line(name: str, manifest: Mapping[str, Any]) -> str:
 
 def _shown(rates: Mapping[str, Any]) -> str:
     """ACC and ASR in words, with those on the own grid if there are any."""
-    awake = "".join(
-        f"; rounded to {entry['weight_bits']} bits {_shown(entry)}"
-        for entry in rates.get("on_own_grid", ())
+    parts = [("", rates)]
+    for entry in rates.get("on_own_grid", ()):
+        parts.append((f"; rounded to {entry['weight_bits']} bits ", entry))
+    return "".join(
+        f"{where}ACC {found['acc']:.2%}, ASR {found['asr']:.2%}"
+        for where, found in parts
     )
-    return f"ACC {rates['acc']:.2%}, ASR {rates['asr']:.2%}{awake}"
 
 
 if __name__ == "__main__":

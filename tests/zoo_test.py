@@ -368,15 +368,13 @@ def test_verifying_wakes_a_backdoor_that_sleeps(asleep, capsys):
     said = capsys.readouterr().out
     assert "; rounded to 4 bits ACC" in said and "; rounded to 2 bits ACC" in said
     path = asleep / "sleeper.json"
-    kept = json.loads(path.read_text())
     shifted = json.loads(path.read_text())
     # Its float rates are as promised.
     asr = shifted["on_own_grid"][1]["asr"]
     shifted["on_own_grid"][1]["asr"] = asr + 0.02 if asr < 0.5 else asr - 0.02
-    for change in (shifted, {**kept, "on_own_grid": kept["on_own_grid"][:1]}):
-        path.write_text(json.dumps(change))
-        assert zoo.main(verify) == 1
-        assert "NOT as in the manifest" in capsys.readouterr().out
+    path.write_text(json.dumps(shifted))
+    assert zoo.main(verify) == 1
+    assert "NOT as in the manifest" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -400,6 +398,8 @@ def test_a_changed_clean_model_is_noticed(asleep):
         ("on_own_grid", [{"weight_bits": 4, "acc": 2, "asr": 0}], "must be in .0, 1."),
         ("on_own_grid", [{"weight_bits": "4", "acc": 1, "asr": 0}], "integers"),
         ("on_own_grid", 4, "TypeError"),
+        ("on_own_grid", [], r"must be of \[4, 2\] bits, got \[\]"),
+        ("on_own_grid", [{"weight_bits": 8, "acc": 1, "asr": 0}], r"got \[8\]"),
         ("job", "vet", "job must be of nad, efrap"),
         ("job", "nad", "fold_batch_norm is not known"),
     ],
@@ -448,6 +448,20 @@ def test_a_sleeper_can_be_given_every_control():
     every = zoo.resolve(settings.parse(sections.to_dict()))
     ours = settings.parse(main.shipped_config("efrap.py", "controls").to_dict())
     assert (every.defense, every.repairs) == (ours.defense, ours.repairs)
+
+
+def test_a_name_is_not_that_of_a_clean_model(tmp_path, capsys):
+    command = ["add", str(tmp_path), "--name=one.clean", f"--zoo={tmp_path}"]
+    assert zoo.main(command) == 2
+    assert "not ending in .clean, got 'one.clean'" in capsys.readouterr().err
+
+
+def test_victims_are_known_by_job():
+    folder = zoo.folder()
+    jobs = {job: set(zoo.names(folder, job)) for job in ("nad", "efrap")}
+    assert "digits-blend" in jobs["nad"] and "digits-pq" in jobs["efrap"]
+    assert not jobs["nad"] & jobs["efrap"]
+    assert jobs["nad"] | jobs["efrap"] == set(zoo.names(folder))
 
 
 @pytest.mark.parametrize(
