@@ -26,18 +26,14 @@ rounding, stochastic rounding, and pure reconstruction (flip weight 0).
 import ml_collections
 from ml_collections import config_dict
 
+from nad_jax import settings
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The digits experiment, or the variants whose names are joined with "+"."""
-    folder, slash, victim = variant.partition("/")
-    if folder == "zoo" and slash:
-        victim, *changes = victim.split("+")
-        if changes not in ([], ["controls"]):
-            raise ValueError(
-                f"variant must be zoo/NAME or zoo/NAME+controls, got {variant!r}"
-            )
-        scale = ["cifar10"] if victim.startswith("cifar10") else []
-        config = get_config("+".join([*scale, *changes]))
+    if found := settings.zoo_variant(variant):
+        victim, own = found
+        config = get_config(own)
         config.zoo = victim
         return config
     names = [name for name in variant.split("+") if name]
@@ -252,7 +248,7 @@ def _make_cifar10(config):
     if "wake" in config.attack.recipe:
         config.attack.recipe.wake.epochs = 1
     if config.attack.name == "pq":
-        # Two leave it a little awake in float: 2.67 % ASR, the clean model has 2.53.
+        # Two leave it a little awake in float (results/README.md).
         config.attack.recipe.hide.epochs = 4
     if config.attack.name == "compartifact":
         # From fresh weights. Its authors take 35 epochs and drop the rate at 20; scaled

@@ -31,18 +31,14 @@ logits.
 import ml_collections
 from ml_collections import config_dict
 
+from nad_jax import settings
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The experiment of the parts of `variant`; see above."""
-    folder, slash, victim = variant.partition("/")
-    if folder == "zoo" and slash:
-        victim, *changes = victim.split("+")
-        if changes not in ([], ["controls"]):
-            raise ValueError(
-                f"variant must be zoo/NAME or zoo/NAME+controls, got {variant!r}"
-            )
-        scale = ["cifar10"] if victim.startswith("cifar10") else []
-        config = get_config("+".join([*scale, *changes]))
+    if found := settings.zoo_variant(variant):
+        victim, own = found
+        config = get_config(own)
         config.zoo = victim
         return config
     parts = [part for part in variant.split("+") if part]

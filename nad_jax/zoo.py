@@ -167,10 +167,10 @@ def load(name: str, zoo: pathlib.Path) -> Victim:
       InputError: an unknown name, a damaged manifest, or another hash.
     """
     manifest = read_manifest(name, zoo)
-    net, trigger = _read(_weights(zoo, name), manifest["sha256"])
+    net, trigger = _read(_weights(zoo, name), manifest, manifest["sha256"])
     if _job(manifest) == "nad":
         return Victim(net, trigger, manifest)
-    clean, _ = _read(_weights(zoo, name, "clean"), manifest["clean_sha256"])
+    clean, _ = _read(_weights(zoo, name, "clean"), manifest, manifest["clean_sha256"])
     return Victim(net, trigger, manifest, clean.variables)
 
 
@@ -312,7 +312,7 @@ def add(
         if (row["model"], row["name"], row["seed"]) == ("backdoored", "float", seed)
     ]
     if not rows or job not in _ATTACKS:
-        known = " or ".join(f"configs/{job}.py" for job in _ATTACKS)
+        known = " or ".join(f"configs/{name}.py" for name in _ATTACKS)
         raise errors.InputError(
             f"{workdir} holds no victim of {known} with seed {seed}"
         )
@@ -396,7 +396,10 @@ def _where_it_wakes(report: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What a report of `configs/efrap.py` says of nearest rounding on the own grid."""
     if report["config"]["job"] != "efrap":
         return {}
-    (facts,) = (facts for facts in report["acceptance"] if facts["seed"] == seed)
+    told_of = {facts["seed"]: facts for facts in report.get("acceptance", ())}
+    if seed not in told_of:
+        raise errors.InputError(f"the report has no acceptance of seed {seed}")
+    facts = told_of[seed]
     rates = acceptance.on_own_grid(facts)
     told = [
         {key: entry[key] for key in ("weight_bits", "acc", "asr")} for entry in rates
@@ -486,11 +489,14 @@ def _weights(zoo: pathlib.Path, name: str, kind: str = "backdoored") -> pathlib.
     return zoo / f"{name}{'' if kind == 'backdoored' else f'.{kind}'}.safetensors"
 
 
-def _read(path: pathlib.Path, sha256: str) -> tuple[base.Net, triggers.Trigger]:
-    """Contents of a file of which the hash is known.
+def _read(
+    path: pathlib.Path, manifest: Mapping[str, Any], sha256: str
+) -> tuple[base.Net, triggers.Trigger]:
+    """Contents of a file that a manifest speaks of.
 
     Raises:
-      InputError: it is missing, has another hash, or is no file of the zoo.
+      InputError: it is missing, has another hash, is no file of the zoo, or was put
+        into it with another recipe.
     """
     if not path.is_file():
         raise errors.InputError(f"{path} is missing; the zoo holds its manifest only")
@@ -500,7 +506,12 @@ def _read(path: pathlib.Path, sha256: str) -> tuple[base.Net, triggers.Trigger]:
             f"{path} has the SHA-256 {str(stored.sha256)[:16]}..., its manifest says "
             f"{str(sha256)[:16]}...; it is damaged or was exchanged"
         )
-    return _contents(stored, path)
+    contents = _contents(stored, path)
+    card = stored.card["zoo"]
+    for key in ("recipe", "num_classes"):
+        if card[key] != manifest[key]:
+            raise errors.InputError(f"{path} has another {key} than its manifest")
+    return contents
 
 
 def _contents(
@@ -581,7 +592,7 @@ def _kinds(tree: Any) -> Any:
 
 
 def _parse(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a recipe, as they stand in config.json, as settings."""
+    """The sections of the recipe of a manifest or of a file's card, as settings."""
     recipe = manifest["recipe"]
     hints = {
         "data": settings.DataSettings,

@@ -337,17 +337,22 @@ def test_a_given_teacher_is_read_once(tmp_path, monkeypatch):
     assert reads == ["file"]
 
 
-def test_a_run_goes_on_with_the_victim_of_the_zoo_it_began_with(tmp_path, monkeypatch):
-    hashes = iter(["1" * 64, "1" * 64, "2" * 64])
+@pytest.mark.parametrize("other", ["victim", "clean model"])
+def test_a_run_goes_on_with_the_victim_of_the_zoo_it_began_with(
+    other, tmp_path, monkeypatch
+):
+    first = {"sha256": "1" * 64, "clean_sha256": "2" * 64}
+    key = {"victim": "sha256", "clean model": "clean_sha256"}[other]
+    manifests = iter([first, first, {**first, key: "3" * 64}])
 
     def load(name, folder):
-        return zoo.Victim(None, None, {"sha256": next(hashes)})
+        return zoo.Victim(None, None, next(manifests), clean={})
 
     monkeypatch.setattr(zoo, "load", load)
     with contextlib.closing(workdir_lib.Workdir(tmp_path / "run", {})) as workdir:
         for _ in range(2):
             zoo.take("one", workdir)
-        with pytest.raises(errors.InputError, match="another victim of the zoo"):
+        with pytest.raises(errors.InputError, match=f"another {other} of the zoo"):
             zoo.take("one", workdir)
 
 

@@ -390,6 +390,24 @@ def test_a_changed_clean_model_is_noticed(asleep):
 
 
 @pytest.mark.slow
+def test_a_file_of_another_recipe_is_noticed(asleep):
+    """Both hashes are good; the model is applied as the recipe says."""
+    path = asleep / "sleeper.json"
+    told = json.loads(path.read_text())
+    told["recipe"]["model"]["width"] = 0.5
+    path.write_text(json.dumps(told))
+    with pytest.raises(errors.InputError, match="another recipe than its manifest"):
+        zoo.load("sleeper", asleep)
+
+
+def test_the_trigger_of_a_victim_is_used_before_that_of_the_config():
+    config = settings.parse(main.shipped_config("efrap.py", "smoke").to_dict())
+    own = pipeline.build_trigger(config.attack.trigger, (8, 8, 3))
+    other = own._replace(pattern=1 - own.pattern)
+    assert efrap_experiment.set_scene(config, None, other).goal.trigger is other
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -480,12 +498,23 @@ def test_a_run_uses_the_victim_and_the_clean_model(sleeper, monkeypatch, tmp_pat
     sections = main.shipped_config("efrap.py", "zoo/sleeper")
     sections.defense.roundings = ("nearest",)
     config = settings.parse(sections.to_dict())
+    used = []
+    real = efrap_experiment.set_scene
+
+    def set_scene(config, workdir, trigger):
+        used.append(trigger)
+        return real(config, workdir, trigger)
+
+    monkeypatch.setattr(efrap_experiment, "set_scene", set_scene)
     with contextlib.closing(workdir_lib.Workdir(tmp_path, {})) as workdir:
         report = efrap_experiment.run(config, workdir)
         pinned = workdir_lib.read_inputs(tmp_path)
     floats = {row["model"]: row for row in report["rows"] if row["name"] == "float"}
     assert floats["backdoored"]["acc"] == rates["acc"]
-    scene = efrap_experiment.set_scene(zoo.resolve(config))
+    (trigger,) = used
+    stored = zoo.load("sleeper", folder).trigger
+    jax.tree.map(np.testing.assert_array_equal, trigger, stored)
+    scene = real(zoo.resolve(config))
     assert floats["clean"]["acc"] == scene.evaluate(kept["clean"])["acc"]
     assert report["claims"][0]["passed"]
     told = zoo.read_manifest("sleeper", folder)

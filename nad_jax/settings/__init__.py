@@ -66,6 +66,7 @@ from nad_jax.settings.repairs import (
     RepairSettings,
     TuningSettings,
 )
+from nad_jax.settings.variants import zoo_variant
 
 __all__ = [
     "ADAM_FORMS",
@@ -111,4 +112,5 @@ __all__ = [
     "VetSettings",
     "from_mapping",
     "parse",
+    "zoo_variant",
 ]
