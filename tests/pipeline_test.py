@@ -169,6 +169,7 @@ def test_a_share_at_its_limit_keeps_it():
     assert not pipeline.at_most(float("nan"), 0.01)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_victims_it_began_with(tmp_path):
     """Else its finished stages would be beside rows of others."""
     like = np.zeros(2)

@@ -213,6 +213,7 @@ def test_ft_sam_has_a_recipe_of_its_own(tmp_path, monkeypatch):
     assert seen == [(0.25, False, 0.0), plain, (2.0, True, 0.1), plain]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tolerance", "taken"), [(0.02, 2.0), (0.019, 1.0), (0.04, 4.0)]
 )
@@ -356,6 +357,7 @@ def test_a_run_goes_on_with_the_victim_of_the_zoo_it_began_with(
             zoo.take("one", workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factors", [(1.0,), (0.5, 2.0)])
 def test_lines_of_metrics_tell_students_apart(tmp_path, monkeypatch, factors):
     """So in both experiments that distil; and the progress is told of all epochs."""

@@ -18,6 +18,7 @@ from nad_jax.report import schema
 COUNT = 40
 
 
+@pytest.mark.slow
 def test_calibration_images_come_in_random_order_and_once_each():
     """A folder's images are stored class by class, and methods take them in batches."""
     images = np.broadcast_to(

@@ -145,6 +145,7 @@ def two_paths(used=None):
     return images, stamped, params, rounded, np.asarray(logits)
 
 
+@pytest.mark.slow
 def test_positions_in_the_batch_axis_stay_on_the_path_of_their_image():
     images, stamped, params, rounded, logits = two_paths()
     for copy, (kind, tree) in enumerate(

@@ -59,6 +59,7 @@ KERNELS = hypothesis_numpy.arrays(np.float32, (3, 4), elements=WEIGHTS)
 AFFINE = SPECS[4]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(KERNELS, st.sampled_from(SPECS), st.integers(0, 2**31))
 @example(np.zeros((3, 4), np.float32), AFFINE, 0)

@@ -36,6 +36,7 @@ def test_the_range_is_that_of_the_halves(num_splits):
     assert np.any(largest < np.abs(WEIGHTS).max(axis=(0, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [SPEC, AFFINE])
 def test_the_copies_add_up_to_nearest_rounding_on_the_finer_grid(spec):
     codes, params = split(WEIGHTS, spec, num_splits=4)
@@ -72,6 +73,7 @@ def test_what_cannot_be_split_is_refused(shape, splits):
         channel_splitting.split_codes(np.zeros(shape), SPEC, num_splits=splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_input_of_hundreds_of_copies_keeps_its_weight(symmetric):
     """Its code is a sum that 16 bits would not hold."""

@@ -138,6 +138,7 @@ def test_weights_without_a_choice_keep_nearest_and_an_endless_price_flips_the_re
     np.testing.assert_array_equal(got[priced], 1 - problem.nearest[priced])
 
 
+@pytest.mark.slow
 def test_dead_inputs_and_too_few_images_leave_no_nan():
     problem = random_problem(5, (40, 12))
     gram = np.array(problem.gram)

@@ -226,6 +226,7 @@ def test_logit_distance_is_the_divergence_of_softened_probabilities(temperature)
     np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_the_student_of_a_logit_distance_gets_a_gradient():
     student, teacher = random_array(0, 3, 4), random_array(1, 3, 4)
     of_student, of_teacher = jax.grad(
@@ -239,6 +240,7 @@ def test_only_the_student_of_a_logit_distance_gets_a_gradient():
     assert not np.any(of_teacher)
 
 
+@pytest.mark.slow
 def test_logits_far_apart_and_classes_ruled_out_make_no_nan():
     far = jnp.asarray([[1e4, 0.0]])
     assert losses.logit_distance(far, -far, temperature=1.0)[0] == pytest.approx(1e4)

@@ -389,6 +389,7 @@ def test_nearest_is_within_half_a_step_unless_clipped(x, covered):
             assert np.all((x >= low - half) & (x <= high + half))
 
 
+@pytest.mark.slow
 def test_zero_channels_and_channels_below_float32_get_scale_one():
     x = np.tile(np.float32([[0.0, 1e-40, 3.0], [0.0, -1e-38, -1.5]]), (3, 1))
     for spec, result in study(x):

@@ -262,6 +262,7 @@ def test_bfloat16_rows_are_summed_in_float32():
     np.testing.assert_array_equal(moments.drift_power, 1000 / 64)
 
 
+@pytest.mark.slow
 def test_every_product_asks_for_full_float32_precision():
     """TPUs and GPUs multiply in bfloat16 or TF32 unless asked; no CPU shows it."""
     problem, start = random_problem(0), np.zeros((NUM_INPUTS, NUM_OUTPUTS), np.float32)
@@ -784,6 +785,7 @@ def test_the_path_is_no_worse_than_each_weight_solved_alone():
     assert path.output_error[-1] > path.output_error[0]
 
 
+@pytest.mark.slow
 def test_weights_of_channels_count_in_sums_and_change_no_rounding():
     problem = exact_problem(3, WIDE)
     weight = np.float32(2.0) ** np.arange(NUM_OUTPUTS, dtype=np.float32)

@@ -97,6 +97,7 @@ def test_nothing_is_unpacked_of_a_file_that_unpacks_to_too_much(
         array_records.read_contents(path)
 
 
+@pytest.mark.slow
 def test_a_file_cut_off_or_damaged_anywhere_gives_its_records_or_an_error(tmp_path):
     records = [bytes([number]) * 900 for number in range(100)]
     path = write(tmp_path / "x", records, "group_size:1,uncompressed")

@@ -115,6 +115,7 @@ def test_tfds_itself_reads_what_was_prepared(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_folder_and_an_npz_give_the_same_data_set(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)
     labels = np.repeat([0, 1], 6)

@@ -176,6 +176,7 @@ def test_a_seeded_split_is_what_it_always_was(num, classes, dtype):
                 )
 
 
+@pytest.mark.slow
 def test_a_seeded_split_of_many_classes_does_not_take_long():
     """A search of all labels for each class takes minutes."""
     labels = np.random.default_rng(0).integers(0, 2**16, 3_000_000)
@@ -895,6 +896,7 @@ def test_pictures_that_nobody_asked_for_are_not_decoded(prepared):
         assert data.images[:].shape == (10, 8, 8, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_records_that_unpack_to_far_more_than_their_file_are_refused(
     prepared, in_memory

@@ -38,6 +38,7 @@ def message(features: dict) -> bytes:
     return example.SerializeToString()
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(
     strategies.dictionaries(

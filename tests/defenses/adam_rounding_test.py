@@ -411,6 +411,7 @@ class TimeMajor(nn.Module):
         return nn.relu(nn.Dense(3, name="dense")(jnp.swapaxes(x, 0, 1)))
 
 
+@pytest.mark.slow
 def test_batches_along_another_axis_are_refused_by_the_layers_name():
     steps = jax.random.normal(jax.random.key(0), (8, 3, 5))
     variables = TimeMajor().init(jax.random.key(1), steps)

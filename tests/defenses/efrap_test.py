@@ -248,6 +248,7 @@ def test_reports_follow_the_forward_pass(quantized, method):
             assert np.all(np.diff(report.trace) < 0)
 
 
+@pytest.mark.slow
 def test_adam_tells_what_coordinate_descent_reaches_on_its_inputs():
     """At equal prices: where nothing is soft, its flip loss charges -ln 1e-8."""
     images = jax.random.normal(jax.random.key(3), (40, 5))
@@ -271,6 +272,7 @@ def test_adam_tells_what_coordinate_descent_reaches_on_its_inputs():
     assert adam.objective != pytest.approx(descent.objective, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_path_over_flip_weights_is_what_each_of_them_alone_comes_to():
     images = jax.random.normal(jax.random.key(3), (40, 5))
     variables = some_variables(Small(), images, train=False)
@@ -533,6 +535,7 @@ def test_activation_ranges_come_from_every_channel():
     assert 9 < top < 10.5
 
 
+@pytest.mark.slow
 def test_reconstruction_sees_activations_as_the_quantized_module_feeds_them(dense):
     """Its objective is the error of `apply`, activations quantized."""
     result = dense.quantize("coordinate", flip_weight=0.0, act_bits=5)
@@ -643,6 +646,7 @@ def test_a_price_in_steps_does_not_see_the_scale_of_a_layer(form):
     assert np.any(codes("weight", False, 0.02)[0] != codes("weight", True, 0.02)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nearest", "coordinate", "adam", "channel_split"])
 def test_kernels_stored_in_bfloat16_come_back_on_their_grid(method):
     images = uniform((40, 6))
@@ -785,6 +789,7 @@ class Twice(nn.Module):
         return nn.Dense(5, name="last")(nn.relu(shared(nn.relu(shared(x)))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_bits", [None, 5])
 def test_a_layer_called_twice_warns_and_later_layers_see_both_calls(act_bits):
     images = uniform((40, 5))
@@ -813,6 +818,7 @@ class Growing(nn.Module):
         return nn.Dense(5, name="last")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["plain", "onnxruntime"])
 def test_the_input_grid_of_a_layer_called_twice_holds_both_calls(grid):
     images = uniform((40, 5))

@@ -176,6 +176,7 @@ def _leaf(defended, path):
     return np.asarray(leaf)
 
 
+@pytest.mark.slow
 def test_nothing_need_be_held_out():
     """No fraction, and so few images that the fraction rounds down to none."""
     generator = np.random.default_rng(0)

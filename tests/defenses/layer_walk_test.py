@@ -135,6 +135,7 @@ def visits(net):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_8", "preact_resnet_18", "vit_tiny"])
 def test_no_stage_is_kept_until_the_pass_ends(name):
     """A third of the memory of a walk; 7 images, so that shapes are nobody else's."""
@@ -574,6 +575,7 @@ def test_batch_norms_that_are_alike_run_as_one_program():
     np.testing.assert_allclose(fed["last"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batch_norms_without_jit():
     net = net_and_inputs(TwoNorms())
     expected = sown_inputs(*net)["last"]

@@ -418,6 +418,7 @@ def test_a_teacher_for_other_images_is_refused_in_one_line(
     assert "(3, 3, 3, 4)" in message and "\n" not in message and "http" not in message
 
 
+@pytest.mark.slow
 def test_of_several_students_each_epoch_says_whose_it_is(
     monkeypatch, victim, teacher, clean_data, tuning
 ):

@@ -95,6 +95,7 @@ def test_few_weights_need_more_ties_to_be_suspicious():
     assert limit(layer(1e6)) == rounding_inspection.TIE_LIMIT
 
 
+@pytest.mark.slow
 def test_an_outlier_is_found_though_no_tie_is():
     found = look(outlier)
     assert found.outlier_ratio > rounding_inspection.OUTLIER_LIMIT and found.score > 1

@@ -111,6 +111,7 @@ def test_a_huge_input_that_nobody_weighs_does_not_hide_the_others(images):
     assert (found[1] != nearest).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "act_bits"),
     [

@@ -66,6 +66,7 @@ def _attention(features, p):
     return strength / np.sqrt(np.sum(strength**2, axis=(1, 2), keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p, reduction", [(2.0, "sum"), (1.0, "mean")])
 def test_the_maps_are_those_of_the_pixels_shown(build, batch_of, teacher, p, reduction):
     batch = batch_of(build(3, p=p, reduction=reduction))
@@ -94,6 +95,7 @@ def test_views_of_images_and_of_keys_differ(build):
     assert len(np.unique(views)) == views.size
 
 
+@pytest.mark.slow
 def test_images_beyond_whole_batches_have_their_maps(monkeypatch, build):
     whole = build(2)
     monkeypatch.setattr(evaluation, "DEFAULT_BATCH_SIZE", 7)
@@ -101,6 +103,7 @@ def test_images_beyond_whole_batches_have_their_maps(monkeypatch, build):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_a_teacher_pass(build, batch_of, victim, teacher):
     batch = batch_of(build(2))
     loss_fn = nad.distillation_loss(
@@ -125,6 +128,7 @@ def test_the_loss_is_that_of_a_teacher_pass(build, batch_of, victim, teacher):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kept_maps_get_no_gradient(build, batch_of, victim, teacher):
     batch = batch_of(build(2))
     loss_fn = nad.distillation_loss(
@@ -147,6 +151,7 @@ def test_a_stop_is_asked_for_between_batches(build):
         build(3, should_stop=lambda: next(answers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views, factor", [(2, 1.0), (2, 0.0), (0, 1.0)])
 def test_a_student_is_trained_on_the_bank_only_where_it_has_one(
     monkeypatch, victim, teacher, clean_data, tuning, views, factor
@@ -184,6 +189,7 @@ def test_a_student_learns_the_kept_maps(victim, teacher, clean_data, tuning):
     assert last["distillation_loss"] < 0.7 * first["distillation_loss"]
 
 
+@pytest.mark.slow
 def test_the_step_calls_no_teacher(build, batch_of, victim):
     def never(*arguments, **options):
         raise AssertionError("the teacher was called")

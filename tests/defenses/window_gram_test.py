@@ -58,6 +58,7 @@ def any_size(monkeypatch):
     monkeypatch.setattr(window_gram, "_LEAST_PRODUCTS", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_shared_sums_make_the_gram_matrix_of_all_windows(name):
     kernel_shape, padding, shape = CASES[name]
@@ -130,6 +131,7 @@ def calls(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_the_collector_uses_them_in_chunks_and_once_per_tensor(monkeypatch, calls):
     # The sums have 9 * 4 * 13 * 4 values, an unfolded image 16 * 36: 3 images a chunk.
     monkeypatch.setattr(moments_lib, "_UNFOLDED_BYTES", 1)

@@ -72,6 +72,7 @@ def test_kernels_are_stored_as_integers_only(tmp_path):
     assert not any(name.endswith("kernel") for name in names)
 
 
+@pytest.mark.slow
 def test_codes_of_another_model_are_not_written(tmp_path):
     result, _ = _quantized()
     codes = {**result.codes, "Conv_0": result.codes["Conv_0"] * 0}

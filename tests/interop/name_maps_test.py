@@ -407,6 +407,7 @@ def test_the_tree_is_the_one_the_model_makes():
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", slow_if_large(name_maps.ARCHS))
 def test_every_listed_architecture_recognises_itself_only(arch):
     family, *numbers = arch.rsplit("_", 2) if arch[0] == "w" else arch.rsplit("_", 1)

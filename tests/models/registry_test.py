@@ -147,6 +147,7 @@ def test_parameter_counts_with_1000_classes_are_the_published_ones(name):
     assert _size(variables["params"]) == IMAGENET_PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_belongs_to_a_plain_conv_or_dense(name):
     """Layer-wise defences look for nn.Conv and nn.Dense and must find every weight."""

@@ -245,6 +245,7 @@ def _pretend_to_own(monkeypatch, mesh, owned):
     )
 
 
+@pytest.mark.slow
 def test_companions_come_with_their_images(fit, toy_data):
     """Also through a mesh, in several steps a program, at a batch's own rows."""
     images, labels = toy_data
