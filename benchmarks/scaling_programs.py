@@ -141,7 +141,7 @@ def _count(devices: int) -> dict[str, Any]:
             sharding=sharding.shard_batch(np.zeros(devices), mesh).sharding,
         )
         collect = moments._collect_split.lower(
-            layer.geometry, True, mesh, kernel, inputs, inputs
+            layer.geometry, True, mesh, kernel, None, inputs, inputs
         )
         sums = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -153,6 +153,7 @@ def _count(devices: int) -> dict[str, Any]:
             ),
         )
         spec = quantization.QuantSpec(4)
+        posed, _ = layer_rounding._posing(layer.geometry, None)
         descend = layer_rounding._descend.lower(
             layer.geometry,
             spec,
@@ -161,6 +162,7 @@ def _count(devices: int) -> dict[str, Any]:
             sums,
             kernel,
             quantization.calibrate(kernel, spec),
+            posed,
             0.01,
         )
         numbers["efrap_layer"] = {
