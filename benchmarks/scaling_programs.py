@@ -140,8 +140,10 @@ def _count(devices: int) -> dict[str, Any]:
             np.float32,
             sharding=sharding.shard_batch(np.zeros(devices), mesh).sharding,
         )
+        # Coordinate descent scales its inputs, channel by channel.
+        scales = jax.ShapeDtypeStruct((1, 1, 1, kernel.shape[2]), np.float32)
         collect = moments._collect_split.lower(
-            layer.geometry, True, mesh, kernel, None, inputs, inputs
+            layer.geometry, True, mesh, kernel, scales, inputs, inputs
         )
         sums = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
