@@ -100,6 +100,13 @@ def _make_builder(
     tfds.disable_progress_bar()
     example = next(iter(splits.values()))
 
+    class Info(tfds.core.DatasetInfo):
+        """Of this data set alone, not of one that is published under its name."""
+
+        def initialize_from_bucket(self):
+            # TFDS would ask the network, and leave a temporary folder behind.
+            pass
+
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """The arrays of `splits`, as TFDS wants to be told of them."""
 
@@ -107,7 +114,7 @@ def _make_builder(
         name = dataset_name
 
         def _info(self):
-            return tfds.core.DatasetInfo(
+            return Info(
                 builder=self,
                 features=tfds.features.FeaturesDict(
                     {

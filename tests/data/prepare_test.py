@@ -116,6 +116,21 @@ def test_tfds_itself_reads_what_was_prepared(tmp_path):
 
 
 @pytest.mark.slow
+def test_writing_asks_no_network_and_leaves_no_temporary_file(tmp_path, monkeypatch):
+    gcs_utils = pytest.importorskip("tensorflow_datasets.core.utils.gcs_utils")
+    asked = []
+    monkeypatch.setattr(
+        gcs_utils, "gcs_dataset_info_files", lambda name: asked.append(name)
+    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    splits = cifar_binary.read(write_tar(tmp_path / "c.tar", cifar_members()))
+    prepare.write(splits, out=tmp_path / "out", name="cifar10")
+    assert asked == []
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_folder_and_an_npz_give_the_same_data_set(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)
     labels = np.repeat([0, 1], 6)
