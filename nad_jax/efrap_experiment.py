@@ -67,6 +67,8 @@ def run(
     inmate = zoo.take(config.zoo, workdir)
     with workdir.timed("data"):
         scene = set_scene(config, workdir, None if inmate is None else inmate.trigger)
+    if inmate is None and (check := registry.CHECKS.get(config.attack.name)):
+        check(config.attack.recipe, scene.attacked_grids)
     if config.repairs is not None:
         repairs.check(config.repairs, scene.model, scene.train, teacher)
     wanted = config.defense.calibration_images

@@ -146,11 +146,11 @@ def _set_scene(
     pipeline.check_augmentation(config, train.images.shape[1:])
     attack = config.attack
     pipeline.check_target(attack.target_label, train, test)
-    if config.zoo is None:
-        victims.check(attack, train)
     model = models.build(
         config.model.name, num_classes=train.num_classes, width=config.model.width
     )
+    if config.zoo is None:
+        victims.check(attack, train, model)
     target_labels = np.asarray(
         poisoning.target_labels(
             test.labels,

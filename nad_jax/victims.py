@@ -31,12 +31,15 @@ class Victims(NamedTuple):
     trigger: triggers.Trigger
 
 
-def check(attack: settings.PoisoningSettings, train: sources.Dataset) -> None:
+def check(
+    attack: settings.PoisoningSettings, train: sources.Dataset, model: Any
+) -> None:
     """Raises InputError for what `obtain` would find out after its first training.
 
     Args:
       attack: Section of the config.
       train: Clean training images.
+      model: The architecture.
     """
     trigger = pipeline.build_trigger(attack.trigger, train.images.shape[1:])
     # How many there are to choose from does not depend on the key.
@@ -47,7 +50,9 @@ def check(attack: settings.PoisoningSettings, train: sources.Dataset) -> None:
             f"{attack.noise_ratio} with {attack.trigger.name}"
         )
     if attack.trojan is not None:
-        trojan.check_trigger(trigger)
+        # How many neurons a classifier has does not depend on the key either.
+        fresh = common.init(model, jax.random.key(0), train.images.shape[1:])
+        trojan.check(attack.trojan, model, fresh, trigger)
 
 
 def obtain(

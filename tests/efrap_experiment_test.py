@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import efrap as config_file
-from nad_jax import efrap_experiment, errors, pipeline, settings
+from nad_jax import efrap_experiment, errors, main, pipeline, settings
 from nad_jax import workdir as workdir_lib
 from nad_jax.report import schema
 
@@ -156,3 +156,13 @@ def test_an_attack_on_another_grid_than_the_defenders_is_measured_on_both(
         assert f"{extra['flip_weight']:g}" in extra["disagreement"]
         rates = [rows[name]["flip_rate"] for name in ("efrap_chosen", "efrap")]
         assert rates[0] < rates[1]
+
+
+@pytest.mark.slow
+def test_what_an_attack_refuses_is_refused_before_anything_is_trained(tmp_path, capsys):
+    config = "--config=configs/efrap.py:compartifact+smoke"
+    layer = "--config.attack.recipe.first_quantized_layer=layer9"
+    assert main.main(["main", config, layer, f"--workdir={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "fc, got 'layer9'" in said
+    assert not list(tmp_path.glob("checkpoints/*"))

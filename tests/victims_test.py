@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from nad_jax import errors, main, pipeline, settings, victims
+from nad_jax import errors, main, models, pipeline, settings, victims
 from nad_jax.attacks import poisoning
 from nad_jax.data import sources, stored
 from nad_jax.training import loop
@@ -163,13 +163,19 @@ def _ten_classes() -> sources.Dataset:
         ("badnets", {"poison_rate": 0.01}, "0.01 selects none of 40 images"),
         ("sig", {"poison_rate": 0.5}, "clean_label allows at most 0.1"),
         ("trojan", {"trigger": WARP}, "needs one picture"),
+        (
+            "trojan",
+            {"trojan": settings.TrojanSettings(neurons=65)},
+            "trojan.neurons must be at most 64, .* got 65",
+        ),
     ],
 )
 def test_an_attack_that_cannot_be_is_refused(variant, changes, words):
     attack = _attack(variant)
-    victims.check(attack, _ten_classes())
+    model = models.build("wrn_10_1", num_classes=10)
+    victims.check(attack, _ten_classes(), model)
     with pytest.raises(errors.InputError, match=words):
-        victims.check(dataclasses.replace(attack, **changes), _ten_classes())
+        victims.check(dataclasses.replace(attack, **changes), _ten_classes(), model)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ References:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -53,6 +54,14 @@ def plant(
         attacker.fresh if recipe.from_scratch else attacker.clean,
         loss(recipe, attacker),
     )
+
+
+def check(
+    recipe: settings.CompArtifactSettings, grids: Sequence[conditioning.ExpectedGrid]
+) -> None:
+    """Raises InputError where `first_quantized_layer` names no layer of the grids."""
+    for grid in grids:
+        _from_layer(recipe.first_quantized_layer, grid)
 
 
 def loss(

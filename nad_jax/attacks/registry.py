@@ -11,7 +11,7 @@ outlier                channels that collapse under a blown-up scale
 =====================  ==============================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nad_jax.attacks import (
@@ -34,3 +34,9 @@ ATTACKS: dict[str, Plant] = {
     "adaptive_small_error": adaptive.plant_small_error,
     "outlier": outliers.plant,
 }
+
+# (recipe, grids the backdoor is to wake on): refuses what planting would refuse.
+Check = Callable[[Any, Sequence[conditioning.ExpectedGrid]], None]
+
+# Asked before the clean model is trained.
+CHECKS: dict[str, Check] = {"compartifact": compartifact.check}

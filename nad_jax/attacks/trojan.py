@@ -58,7 +58,7 @@ def optimise(
       InputError: a trigger that shows nothing, a model that does not end in a Dense
         layer, or one with fewer neurons.
     """
-    check_trigger(trigger)
+    _check_trigger(trigger)
     pattern = jnp.asarray(trigger.pattern, jnp.float32)
     rows_key, start_key = jax.random.split(key)
     # Not the first: folders come sorted by class.
@@ -97,8 +97,28 @@ def optimise(
     return trigger._replace(pattern=jnp.round(pattern * 255) / 255)
 
 
-def check_trigger(trigger: triggers.Trigger) -> None:
-    """Raises InputError unless the trigger is one picture that shows."""
+def check(
+    trojan: settings.TrojanSettings,
+    model: Any,
+    variables: Any,
+    trigger: triggers.Trigger,
+) -> None:
+    """Raises InputError for what `optimise` would refuse of these.
+
+    Args:
+      trojan: How many neurons.
+      model: Ends in a Dense layer.
+      variables: Of the model, trained or not.
+      trigger: Where.
+    """
+    _check_trigger(trigger)
+    image = jnp.zeros((1, *np.shape(trigger.pattern)))
+    path = head.find(model, variables, image)
+    kernel = layers_lib.get_in(variables["params"], path)["kernel"]
+    choose_neurons(np.asarray(kernel), trojan.neurons)
+
+
+def _check_trigger(trigger: triggers.Trigger) -> None:
     if np.ndim(trigger.pattern) != 3 or not np.any(np.asarray(trigger.mask)):
         raise errors.InputError(
             "a trojan trigger needs one picture under a mask, such as a square"
