@@ -64,9 +64,7 @@ def optimise(
     # Not the first: folders come sorted by class.
     rows = jax.random.permutation(rows_key, images.shape[0])[:_IMAGES]
     sample = batches.to_float(jnp.asarray(images[np.sort(rows)]))
-    path = head.find(model, variables, sample)
-    kernel = layers_lib.get_in(variables["params"], path)["kernel"]
-    neurons = choose_neurons(np.asarray(kernel), trojan.neurons)
+    path, neurons = _find_neurons(trojan, model, variables, sample)
 
     def excitation(pattern):
         stamped = triggers.apply_trigger(sample, trigger._replace(pattern=pattern))
@@ -113,9 +111,14 @@ def check(
     """
     _check_trigger(trigger)
     image = jnp.zeros((1, *np.shape(trigger.pattern)))
-    path = head.find(model, variables, image)
+    _find_neurons(trojan, model, variables, image)
+
+
+def _find_neurons(trojan, model, variables, images):
+    """Path of the classifier, and those of its inputs that are to be excited."""
+    path = head.find(model, variables, images)
     kernel = layers_lib.get_in(variables["params"], path)["kernel"]
-    choose_neurons(np.asarray(kernel), trojan.neurons)
+    return path, choose_neurons(np.asarray(kernel), trojan.neurons)
 
 
 def _check_trigger(trigger: triggers.Trigger) -> None:

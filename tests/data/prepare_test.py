@@ -117,7 +117,8 @@ def test_tfds_itself_reads_what_was_prepared(tmp_path):
 
 @pytest.mark.slow
 def test_writing_asks_no_network_and_leaves_no_temporary_file(tmp_path, monkeypatch):
-    gcs_utils = pytest.importorskip("tensorflow_datasets.core.utils.gcs_utils")
+    from tensorflow_datasets.core.utils import gcs_utils
+
     asked = []
     monkeypatch.setattr(
         gcs_utils, "gcs_dataset_info_files", lambda name: asked.append(name)
@@ -131,6 +132,7 @@ def test_writing_asks_no_network_and_leaves_no_temporary_file(tmp_path, monkeypa
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_and_an_npz_give_the_same_data_set(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (12, 5, 5, 3), dtype=np.uint8)
     labels = np.repeat([0, 1], 6)
